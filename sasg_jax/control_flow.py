@@ -1,0 +1,74 @@
+"""A conditional that stays one under ``vmap``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+PyTree = Any
+
+
+def update_if(
+    active: jax.Array, fn: Callable[..., tuple[PyTree, PyTree]], carried: PyTree, *operands: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Runs ``carried, output = fn(carried, *operands)`` where ``active``, and nothing elsewhere.
+
+    Like a ``lax.cond`` whose other branch returns ``carried`` as it is and an output of zeros.
+    Under ``vmap`` a ``lax.cond`` becomes a select: both branches run for every entry, and every
+    array is written anew. This loops over the active entries instead and writes their rows in
+    place, so that a simulated round, like a real one, pays for a worker's upload only if there is
+    one.
+
+    Args:
+      active: whether to run ``fn``. ``# shape=(), dtype=bool``
+      fn: pure function of its arguments; it must not close over traced values. The carried tree
+        that it returns has the structure, shapes and dtypes of ``carried``.
+      carried: pytree of arrays.
+      *operands: pytrees of arrays.
+
+    Returns:
+      The new carried tree and the output.
+    """
+    carried, operands = jax.tree.map(jnp.asarray, (carried, operands))
+    output_shapes = jax.eval_shape(fn, carried, *operands)[1]
+
+    def zeros(leading=()):
+        return jax.tree.map(lambda s: jnp.zeros(leading + s.shape, s.dtype), output_shapes)
+
+    @custom_vmap
+    def conditional(active, carried, operands):
+        return lax.cond(
+            active,
+            lambda carried, operands: fn(carried, *operands),
+            lambda carried, operands: (carried, zeros()),
+            carried,
+            operands,
+        )
+
+    @conditional.def_vmap
+    def loop_over_active(size, batched, active, carried, operands):
+        active_batched, carried_batched, operands_batched = batched
+
+        def stacked(x, is_batched):
+            return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+
+        active = stacked(active, active_batched)
+        carried = jax.tree.map(stacked, carried, carried_batched)
+        order = jnp.argsort(~active, stable=True)  # the active entries first, in their order
+
+        def body(i, loop_state):
+            carried, outputs = loop_state
+            entry = order[i]
+            row = jax.tree.map(lambda x: x[entry], carried)
+            own = jax.tree.map(lambda x, b: x[entry] if b else x, operands, operands_batched)
+            new_row, output = fn(row, *own)
+            write = lambda rows, row: rows.at[entry].set(row)
+            return jax.tree.map(write, carried, new_row), jax.tree.map(write, outputs, output)
+
+        result = lax.fori_loop(0, active.sum(), body, (carried, zeros((size,))))
+        return result, jax.tree.map(lambda _: True, result)
+
+    return conditional(active, carried, operands)

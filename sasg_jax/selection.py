@@ -1,0 +1,136 @@
+r"""Exact selection of the k entries of largest magnitude of one vector.
+
+:func:`lax_top_k` is the reference and what accelerators use. On the CPU, :func:`lax.top_k` costs
+about 10 ns an entry; :func:`pruned_top_k` gives the same set of indices several times faster by
+looking at most entries only to count them:
+
+1. A strided sample gives a bound below the k-th largest magnitude with high probability.
+2. Entries that reach the bound are marked in a bit mask (one bit an entry) and listed from it.
+3. Bisection over the bits of the listed magnitudes finds the k-th largest exactly.
+
+When the sample misled (too few or too many entries reach the bound), the reference is used, so the
+result is exact for every input.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sasg_jax._checks import check_choice
+
+# Below this size lax.top_k is as fast, and above this density the bound prunes too little.
+_MIN_PRUNED_SIZE = 1 << 15
+_MAX_PRUNED_DENSITY = 1 / 16
+_SAMPLE_STRIDE = 16
+_WORD = 32  # bits in one word of a mask
+
+
+def magnitude_top_k(x: jax.Array, k: int, *, method: str = "auto") -> jax.Array:
+    """Returns the indices of the ``k`` entries of largest magnitude, in no particular order.
+
+    Of entries with equal magnitude those with the lowest index come first, as in
+    :func:`jax.lax.top_k`.
+
+    Args:
+      x: vector without NaN. ``# shape=(n,)``
+      k: number of indices, 1 <= k <= n.
+      method: ``"lax"``, ``"pruned"``, or ``"auto"``: pruned on the CPU for long vectors.
+
+    Returns:
+      The indices. ``# shape=(k,), dtype=jnp.int32``
+    """
+    check_choice("method", method, METHODS)
+    return METHODS[method](x, k)
+
+
+def lax_top_k(x: jax.Array, k: int) -> jax.Array:
+    """The reference, :func:`jax.lax.top_k` on magnitudes."""
+    return lax.top_k(jnp.abs(x), k)[1].astype(jnp.int32)
+
+
+def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
+    """The same set as :func:`lax_top_k`, found by pruning with a sampled bound."""
+    if x.dtype.itemsize > 4:  # float64 has no exact float32 magnitude
+        return lax_top_k(x, k)
+    magnitudes = jnp.abs(x.astype(jnp.float32))
+    sample = magnitudes[: x.size // _SAMPLE_STRIDE * _SAMPLE_STRIDE]
+    sample = sample.reshape(-1, _SAMPLE_STRIDE)[:, 0]
+    # A quarter more than the expected rank, and some entries for small k, so that the bound rarely
+    # lies above the k-th largest. `min`, not `[-1]`: XLA's fast top-k is lost behind a slice.
+    rank = int(1.25 * k / _SAMPLE_STRIDE) + 8
+    if rank > sample.size:
+        return lax_top_k(x, k)
+    bound = lax.top_k(sample, rank)[0].min()
+
+    capacity = min(2 * k + 32 * _SAMPLE_STRIDE, x.size)
+    listed, count = _first_set_bits(_pack(magnitudes >= bound), capacity)
+
+    def exact():
+        listed_magnitudes = jnp.where(jnp.arange(capacity) < count, magnitudes[listed], -1.0)
+        return listed[_bisect_top_k(listed_magnitudes, k)]
+
+    return lax.cond((count >= k) & (count <= capacity), exact, lambda: lax_top_k(x, k))
+
+
+def _auto_top_k(x: jax.Array, k: int) -> jax.Array:
+    if x.size < _MIN_PRUNED_SIZE or k > _MAX_PRUNED_DENSITY * x.size:
+        return lax_top_k(x, k)
+    return lax.platform_dependent(
+        x, cpu=lambda x: pruned_top_k(x, k), default=lambda x: lax_top_k(x, k)
+    )
+
+
+METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    "auto": _auto_top_k,
+    "lax": lax_top_k,
+    "pruned": pruned_top_k,
+}
+
+
+def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
+    """Indices of the k largest of ``magnitudes`` (>= 0; negative ones are never chosen)."""
+    # Floats that are not negative are ordered as their bit patterns are.
+    bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
+
+    def set_bit(i, threshold):
+        candidate = threshold | (jnp.int32(1) << (30 - i))
+        return jnp.where((bits >= candidate).sum() >= k, candidate, threshold)
+
+    kth_largest = lax.fori_loop(0, 31, set_bit, jnp.int32(0))
+    # Everything above the k-th largest, then what equals it in order of index, until k are full.
+    above, equal = _pack(bits > kth_largest), _pack(bits == kth_largest)
+    indices, _ = _first_set_bits(jnp.concatenate([above, equal]), k)
+    return indices % (above.size * _WORD)
+
+
+def _pack(mask: jax.Array) -> jax.Array:
+    """Packs a boolean vector into words, lowest bit first. ``# shape=(ceil(n / 32),)``"""
+    lanes = jnp.pad(mask, (0, -mask.size % _WORD)).reshape(-1, _WORD).astype(jnp.uint32)
+    return (lanes << jnp.arange(_WORD, dtype=jnp.uint32)).sum(1, dtype=jnp.uint32)
+
+
+def _first_set_bits(words: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Positions of the first ``count`` set bits, ascending, and how many are set in all.
+
+    Positions past the number of set bits are in range, and meaningless.
+    """
+    ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+    slots = jnp.arange(count, dtype=jnp.int32)
+    word = jnp.searchsorted(ends, slots, side="right").astype(jnp.int32)
+    word = jnp.minimum(word, words.size - 1)
+    rank = slots - jnp.where(word > 0, ends[word - 1], 0)
+    return word * _WORD + _bit_of_rank(words[word], rank), ends[-1]
+
+
+def _bit_of_rank(words: jax.Array, rank: jax.Array) -> jax.Array:
+    """Position of the set bit that has ``rank`` set bits below it, word by word."""
+    position = jnp.zeros_like(rank)
+    for width in (16, 8, 4, 2, 1):
+        low = (words >> position.astype(jnp.uint32)) & jnp.uint32((1 << width) - 1)
+        below = lax.population_count(low).astype(jnp.int32)
+        beyond = rank >= below
+        position = jnp.where(beyond, position + width, position)
+        rank = jnp.where(beyond, rank - below, rank)
+    return position

@@ -1,0 +1,296 @@
+"""A ready training step: one per-worker function under vmap, pmap or shard_map."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sasg_jax._checks import check_axis_name, check_choice, check_int, expected
+from sasg_jax.state_axes import per_worker, stack_workers
+from sasg_jax.transform import diagnostics
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """Everything that a run carries from round to round."""
+
+    params: PyTree  # the same on all workers
+    opt_state: PyTree  # optax state; a worker's own parts have a leading axis M
+    model_state: PyTree  # e.g. BatchNorm statistics, leading axis M; () if there is none
+    keys: jax.Array | tuple[()]  # a PRNG key for each worker, shape=(M,); () if there are none
+
+
+class RoundInfo(NamedTuple):
+    """What one round reports. M is the number of workers."""
+
+    loss: jax.Array  # each worker's own, before the step. shape=(M,)
+    uploaded: jax.Array  # shape=(M,), dtype=jnp.bool_
+    finite: jax.Array  # whether the gradient was. shape=(M,), dtype=jnp.bool_
+    staleness: jax.Array  # after the round, 1 = just uploaded. shape=(M,), dtype=jnp.int32
+    innovation: jax.Array  # ‖g - g'‖². shape=(M,), dtype=jnp.float32
+    threshold: jax.Array  # right-hand side of (6). shape=(), dtype=jnp.float32
+    aux: PyTree  # of loss_fn, leading axis M; () if there is none
+
+
+class TrainStep(NamedTuple):
+    """A training run's two functions, made by :func:`make_train_step`."""
+
+    init: Callable[..., TrainState]
+    """``state = init(params, model_state=(), key=None)``; ``model_state`` is one worker's."""
+    step: Callable[[TrainState, PyTree], tuple[TrainState, RoundInfo]]
+    """``state, info = step(state, batch)``, jitted. The old state is donated: do not use it again.
+
+    Every leaf of ``batch`` has a leading axis of M."""
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    num_workers: int,
+    driver: str = "vmap",
+    has_aux: bool = False,
+    has_model_state: bool = False,
+    has_key: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+    axis_name: str = "workers",
+    donate: bool = True,
+) -> TrainStep:
+    """Makes the jitted step of a whole training run, simulated or on several devices.
+
+    Args:
+      loss_fn: one worker's loss, ``loss_fn(params, batch)``. With ``has_model_state`` it also gets
+        ``model_state=``, and with ``has_key`` a fresh ``key=``, the same for the gradient at the
+        current and at the stale parameters. It returns ``loss``, or ``(loss, aux)`` with
+        ``has_aux``, ``(loss, new_model_state)`` with ``has_model_state``, and ``(loss,
+        (new_model_state, aux))`` with both. It must not use collectives over ``axis_name``.
+      tx: an optax optimiser that contains one transformation of ours.
+      num_workers: M.
+      driver: ``"vmap"`` simulates all workers on one device; ``"pmap"`` and ``"shard_map"`` run
+        each on a device of its own.
+      has_aux: whether ``loss_fn`` returns auxiliary values.
+      has_model_state: whether the model has state, e.g. BatchNorm statistics. Every worker keeps
+        its own; the pass at the stale parameters never writes it. See :func:`mean_model_state`.
+      has_key: whether ``loss_fn`` needs random numbers.
+      devices: the M devices of ``"pmap"`` and ``"shard_map"``; the first M by default.
+      axis_name: the axis that ``tx`` was built with.
+      donate: whether ``step`` may reuse the memory of the state it is given.
+
+    Raises:
+      ValueError: an argument is out of its range; too few devices; ``tx`` contains no
+        transformation of ours, or state that differs between workers where it must not.
+    """
+    check_int("num_workers", num_workers, minimum=1)
+    check_choice("driver", driver, ("vmap", "pmap", "shard_map"))
+    check_axis_name(axis_name)
+    tx = optax.with_extra_args_support(tx)
+    if driver == "vmap":
+        if devices is not None:
+            raise expected("devices", devices, "to be None for driver='vmap'")
+    else:
+        devices = _check_devices(devices, num_workers)
+
+    def loss_parts(params, model_state, key, batch):
+        extra = {"model_state": model_state} if has_model_state else {}
+        extra |= {"key": key} if has_key else {}
+        out = loss_fn(params, batch, **extra)
+        if has_model_state and has_aux:
+            loss, (new_model_state, aux) = out
+        elif has_model_state:
+            (loss, new_model_state), aux = out, ()
+        elif has_aux:
+            (loss, aux), new_model_state = out, ()
+        else:
+            loss, new_model_state, aux = out, (), ()
+        return loss, (new_model_state, aux)
+
+    def worker_step(state: TrainState, batch: PyTree) -> tuple[TrainState, RoundInfo]:
+        """One worker's view of a round."""
+        params, opt_state, model_state, key = state
+        round_key = ()
+        if has_key:
+            key, round_key = jax.random.split(key)
+        value_and_grad = jax.value_and_grad(loss_parts, has_aux=True)
+        (loss, (new_model_state, aux)), grads = value_and_grad(
+            params, model_state, round_key, batch
+        )
+
+        def grad_fn(stale_params):
+            stale_params = _fill_masked(stale_params, params)
+            return value_and_grad(stale_params, model_state, round_key, batch)[1]
+
+        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        state = TrainState(optax.apply_updates(params, updates), opt_state, new_model_state, key)
+        return state, RoundInfo(loss, *diagnostics(opt_state), aux)
+
+    def owners(state: TrainState) -> TrainState:
+        """Whether each part of the state belongs to one worker."""
+        opt_state = per_worker(state.opt_state)
+        return TrainState(params=False, opt_state=opt_state, model_state=True, keys=True)
+
+    info_owners = RoundInfo(True, True, True, True, True, False, True)
+
+    def simulated(state: TrainState, batch: PyTree) -> tuple[TrainState, RoundInfo]:
+        axes = _choose(owners(state), 0, None)
+        over_workers = jax.vmap(
+            worker_step,
+            in_axes=(axes, 0),
+            out_axes=(axes, _choose(info_owners, 0, None)),
+            axis_name=axis_name,
+            axis_size=num_workers,
+        )
+        try:
+            return over_workers(state, batch)
+        except ValueError as error:
+            if "out_axes" not in str(error):
+                raise
+            raise ValueError(
+                "Expected params and everything in the optimiser state after the sasg_jax "
+                "transformation to be the same on all workers, but a part depends on the worker. "
+                "Put transformations that see a worker's own gradients before it, in optax.chain."
+            ) from error
+
+    def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
+        if has_key != (key is not None):
+            raise expected("key", key, f"to be {'a PRNG key' if has_key else 'None'} here")
+        if has_model_state != bool(jax.tree.leaves(model_state)):
+            raise ValueError(
+                f"Expected model_state to {'hold arrays' if has_model_state else 'be empty'}: "
+                f"has_model_state={has_model_state}."
+            )
+        state = TrainState(
+            params=jax.tree.map(jnp.array, params),  # copies: the step donates its state
+            opt_state=stack_workers(tx.init(params), num_workers),
+            model_state=jax.tree.map(
+                lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), model_state
+            ),
+            keys=() if key is None else jax.random.split(key, num_workers),
+        )
+        if driver != "vmap":
+            state = jax.device_put(state, _shardings(owners(state), state))
+        return state
+
+    donate_argnums = (0,) if donate else ()
+    mesh = Mesh(np.asarray(devices), (axis_name,)) if driver != "vmap" else None
+
+    def _shardings(owner_tree, tree):
+        specs = _choose(owner_tree, PartitionSpec(axis_name), PartitionSpec())
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda _: NamedSharding(mesh, spec), part),
+            specs,
+            tree,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+
+    def check_batch(batch):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            if jnp.shape(leaf)[:1] != (num_workers,):
+                raise ValueError(
+                    f"Expected batch{jax.tree_util.keystr(path)} to have a leading axis of "
+                    f"num_workers={num_workers}, got shape {jnp.shape(leaf)}."
+                )
+
+    if driver == "vmap":
+
+        def step(state, batch):
+            check_batch(batch)
+            return simulated(state, batch)
+
+        return TrainStep(init, jax.jit(step, donate_argnums=donate_argnums))
+
+    def sharded_step(state, batch):
+        check_batch(batch)
+        jax.eval_shape(simulated, state, batch)  # raises where replicas would drift apart
+        state_owners = owners(state)
+
+        def on_one_device(state, batch):
+            # shard_map hands each worker a block with a leading axis of 1.
+            state = _map_own(state_owners, lambda x: x[0], state)
+            state, info = worker_step(state, jax.tree.map(lambda x: x[0], batch))
+            expand = lambda x: x[None]
+            return _map_own(state_owners, expand, state), _map_own(info_owners, expand, info)
+
+        split, replicated = PartitionSpec(axis_name), PartitionSpec()
+        state_specs = _choose(state_owners, split, replicated)
+        return jax.shard_map(
+            on_one_device,
+            mesh=mesh,
+            in_specs=(state_specs, split),
+            out_specs=(state_specs, _choose(info_owners, split, replicated)),
+            check_vma=False,
+        )(state, batch)
+
+    if driver == "shard_map":
+        return TrainStep(init, jax.jit(sharded_step, donate_argnums=donate_argnums))
+
+    compiled: dict[Any, Callable[..., Any]] = {}
+
+    def pmap_step(state, batch):
+        check_batch(batch)
+        structure = jax.tree.structure((state, batch))
+        if structure not in compiled:
+            jax.eval_shape(simulated, state, batch)
+            axes = _choose(owners(state), 0, None)
+            compiled[structure] = jax.pmap(
+                worker_step,
+                axis_name=axis_name,
+                in_axes=(axes, 0),
+                out_axes=(axes, _choose(info_owners, 0, None)),
+                donate_argnums=donate_argnums,
+                devices=devices,
+            )
+        return compiled[structure](state, batch)
+
+    return TrainStep(init, pmap_step)
+
+
+def mean_model_state(model_state: PyTree) -> PyTree:
+    """The mean over workers of their model states, for evaluation and checkpoints.
+
+    Integer leaves, e.g. counters, are taken from worker 0. The bytes that this moves between
+    workers are counted by :meth:`sasg_jax.Ledger.record_model_state`.
+    """
+
+    def mean(x):
+        return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
+
+    return jax.tree.map(mean, model_state)
+
+
+def _fill_masked(tree: PyTree, params: PyTree) -> PyTree:
+    """Puts the current parameters where ``optax.masked`` has hidden them from the stale ones."""
+    return jax.tree.map(
+        lambda x, p: p if isinstance(x, optax.MaskedNode) else x,
+        tree,
+        params,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+
+
+def _choose(owner_tree: PyTree, own: Any, shared: Any) -> PyTree:
+    return jax.tree.map(lambda is_own: own if is_own else shared, owner_tree)
+
+
+def _map_own(owner_tree: PyTree, fn: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
+    """Applies ``fn`` to the leaves that belong to one worker; ``owner_tree`` is a prefix."""
+    return jax.tree.map(
+        lambda is_own, part: jax.tree.map(fn, part) if is_own else part, owner_tree, tree
+    )
+
+
+def _check_devices(
+    devices: Sequence[jax.Device] | None, num_workers: int
+) -> Sequence[jax.Device]:
+    given = jax.devices()[:num_workers] if devices is None else list(devices)
+    if len(given) != num_workers:
+        raise ValueError(
+            f"Expected one device for each of num_workers={num_workers}, got {len(given)}. On the "
+            "CPU, set the environment variable "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={num_workers} before starting."
+        )
+    return given
