@@ -18,6 +18,7 @@ from jax import lax
 
 from sasg_jax import selection as selection_lib
 from sasg_jax._checks import check_choice, check_density
+from sasg_jax.control_flow import sum_rows
 
 PyTree = Any
 Message = PyTree
@@ -66,7 +67,7 @@ def identity() -> Compressor:
 
     def decompress_sum(messages, like):
         def total(rows, reference):
-            return rows.sum(0, dtype=_sum_dtype(reference.dtype)).astype(reference.dtype)
+            return sum_rows(rows.astype(_sum_dtype(reference.dtype))).astype(reference.dtype)
 
         return jax.tree.map(total, messages, like)
 

@@ -1,4 +1,4 @@
-"""A conditional that stays one under ``vmap``."""
+"""Control flow over workers that ``vmap`` and XLA would make slow."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,8 +38,7 @@ def update_if(
     def zeros(leading=()):
         return jax.tree.map(lambda s: jnp.zeros(leading + s.shape, s.dtype), output_shapes)
 
-    @custom_vmap
-    def conditional(active, carried, operands):
+    def run_or_skip(active, carried, operands):
         return lax.cond(
             active,
             lambda carried, operands: fn(carried, *operands),
@@ -47,6 +46,8 @@ def update_if(
             carried,
             operands,
         )
+
+    conditional = custom_vmap(run_or_skip)
 
     @conditional.def_vmap
     def loop_over_active(size, batched, active, carried, operands):
@@ -62,13 +63,32 @@ def update_if(
         def body(i, loop_state):
             carried, outputs = loop_state
             entry = order[i]
-            row = jax.tree.map(lambda x: x[entry], carried)
-            own = jax.tree.map(lambda x, b: x[entry] if b else x, operands, operands_batched)
-            new_row, output = fn(row, *own)
-            write = lambda rows, row: rows.at[entry].set(row)
-            return jax.tree.map(write, carried, new_row), jax.tree.map(write, outputs, output)
+
+            def read(rows, is_batched=True):
+                return lax.dynamic_index_in_dim(rows, entry, keepdims=False) if is_batched else rows
+
+            def write(rows, row):
+                return lax.dynamic_update_index_in_dim(rows, row, entry, axis=0)
+
+            # The condition holds for every entry that the loop visits. It stands here because XLA
+            # does not fuse across it: fused into fn, the read of a row would outlive the write of
+            # that row, and all rows would be copied for it.
+            new_carried, output = run_or_skip(
+                active[entry],
+                jax.tree.map(read, carried),
+                jax.tree.map(read, operands, operands_batched),
+            )
+            return jax.tree.map(write, carried, new_carried), jax.tree.map(write, outputs, output)
 
         result = lax.fori_loop(0, active.sum(), body, (carried, zeros((size,))))
         return result, jax.tree.map(lambda _: True, result)
 
     return conditional(active, carried, operands)
+
+
+def sum_rows(rows: jax.Array) -> jax.Array:
+    """Sums over the leading axis, one row after another, so that all replicas get the same bits.
+
+    (XLA's own reduction over a leading axis is tens of times slower on the CPU, in jaxlib 0.10.)
+    """
+    return lax.scan(lambda total, row: (total + row, None), rows[0], rows[1:], unroll=8)[0]

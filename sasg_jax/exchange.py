@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
+
+from sasg_jax.control_flow import sum_rows
 
 PyTree = Any
 
@@ -36,8 +39,20 @@ def psum(message: PyTree, axis_name: str) -> PyTree:
     Half-precision messages are summed in float32, as the server's memory is.
     """
 
-    def total(x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return lax.psum(wide, axis_name).astype(x.dtype)
+    @custom_vmap
+    def total(worker, x):
+        del worker
+        return lax.psum(x, axis_name)
 
-    return jax.tree.map(total, message)
+    @total.def_vmap
+    def simulated_total(size, batched, worker, x):
+        worker_batched, x_batched = batched
+        if not worker_batched:  # a vmap over something else, e.g. over seeds
+            return jax.vmap(total, in_axes=(None, 0), axis_size=size)(worker, x), True
+        return sum_rows(x) if x_batched else x * size, False
+
+    def leaf(x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return total(lax.axis_index(axis_name), wide).astype(x.dtype)
+
+    return jax.tree.map(leaf, message)

@@ -23,7 +23,8 @@ from sasg_jax._checks import check_choice
 # Below this size lax.top_k is as fast, and above this density the bound prunes too little.
 _MIN_PRUNED_SIZE = 1 << 15
 _MAX_PRUNED_DENSITY = 1 / 16
-_SAMPLE_STRIDE = 16
+# Prime, so that the sample falls on every column of a matrix: rows and columns differ in scale.
+_SAMPLE_STRIDE = 17
 _WORD = 32  # bits in one word of a mask
 
 
@@ -64,7 +65,7 @@ def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
         return lax_top_k(x, k)
     bound = lax.top_k(sample, rank)[0].min()
 
-    capacity = min(2 * k + 32 * _SAMPLE_STRIDE, x.size)
+    capacity = min(2 * k + 512, x.size)
     listed, count = _first_set_bits(_pack(magnitudes >= bound), capacity)
 
     def exact():
