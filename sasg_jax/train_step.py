@@ -168,7 +168,9 @@ def make_train_step(
             opt_state=stack_workers(tx.init(params), num_workers),
             model_state=jax.tree.map(
                 lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), model_state
-            ),
+            )
+            if has_model_state
+            else (),
             keys=() if key is None else jax.random.split(key, num_workers),
         )
         if driver != "vmap":

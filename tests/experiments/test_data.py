@@ -29,8 +29,6 @@ needs_preparing = pytest.mark.skipif(
     not (HAS_TFDS and HAS_TENSORFLOW),
     reason="preparing needs tensorflow_datasets and tensorflow, not both of which are installed",
 )
-# The builders' own warnings are not ours to fix.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 UNREGISTERED = "unregistered archive"
 
@@ -438,7 +436,7 @@ def made_up_builders():
     tfds: Any = importlib.import_module("tensorflow_datasets")
 
     def make(name, splits, height=None):
-        class Builder(  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
+        class MadeUp(  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
             tfds.core.GeneratorBasedBuilder,
             skip_registration=True,  # pyright: ignore[reportCallIssue]
         ):
@@ -462,7 +460,7 @@ def made_up_builders():
                 for i, (height, label) in enumerate(splits[split]):
                     yield i, {"image": np.full((height, 4, 1), i, np.uint8), "label": label}
 
-        return type(name, (Builder,), {"__module__": __name__})
+        return type(name, (MadeUp,), {"__module__": __name__})
 
     good = [(2, 0), (2, 1), (2, 2)]
     return [

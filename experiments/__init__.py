@@ -1,0 +1,1 @@
+"""Experiments with sasg_jax: ``python -m experiments --help``."""

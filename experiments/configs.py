@@ -1,0 +1,101 @@
+"""The settings of each experiment, as plain dataclasses."""
+
+import dataclasses
+from collections.abc import Mapping
+
+METHODS = ("sgd", "sparse", "lasg", "sasg", "sasg_two_way")
+"""The paper's four methods, and SASG with a sparse way down."""
+
+PAPER_METHODS = METHODS[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. Rates and thresholds are for a mean over workers (the server averages)."""
+
+    name: str
+    dataset: str
+    """Name of a data set, or several joined by "+", which go to the workers in turn."""
+    model: str
+    """``"mlp"`` or ``"resnet18"``."""
+    width: int
+    """Hidden units of the MLP; channels of the first stage of the ResNet."""
+    iterations: int
+    learning_rate: float
+    """γ."""
+    target_accuracy: float
+    """The accuracy baseline of the tables, in [0, 1], on the whole test set."""
+    alpha_c: Mapping[str, float]
+    """c of α_d = c·M/γ, for each adaptive method."""
+    num_workers: int = 10
+    batch_size: int = 10
+    """Samples per worker and round."""
+    decay_iterations: tuple[int, ...] = ()
+    """Rounds at which γ is divided by ten."""
+    density: float = 0.01
+    max_staleness: int = 10
+    history: int = 10
+    """D."""
+    augment: bool = False
+    """Random crops of images padded by 4 pixels, and horizontal flips."""
+    partition: str = "iid"
+    """``"iid"`` or ``"dirichlet"`` (label skew)."""
+    concentration: float = 0.5
+    """Of the Dirichlet distribution; smaller is more skewed."""
+    evaluate_every: int = 100
+
+
+_MNIST_FC = Config(
+    name="mnist_fc",
+    dataset="mnist",
+    model="mlp",
+    width=512,
+    iterations=8000,
+    learning_rate=0.05,
+    target_accuracy=0.98,
+    alpha_c={"lasg": 0.5, "sasg": 0.5},
+)
+
+# The authors' rates and epochs: 500 rounds of 10 x 10 images are one epoch of CIFAR.
+_CIFAR10_RESNET18 = Config(
+    name="cifar10_resnet18",
+    dataset="cifar10",
+    model="resnet18",
+    width=64,
+    iterations=15_000,
+    learning_rate=0.1,
+    target_accuracy=0.92,
+    alpha_c={"lasg": 1.0, "sasg": 1.0},
+    decay_iterations=(10_000,),
+    augment=True,
+)
+
+CONFIGS: dict[str, Config] = {
+    config.name: config
+    for config in (
+        Config(
+            name="digits",
+            dataset="digits",
+            model="mlp",
+            width=64,
+            iterations=3000,
+            learning_rate=0.1,
+            target_accuracy=0.95,
+            alpha_c={"lasg": 0.5, "sasg": 0.5},
+        ),
+        _MNIST_FC,
+        dataclasses.replace(
+            _MNIST_FC, name="fashion_fc", dataset="fashion_mnist", target_accuracy=0.88
+        ),
+        _CIFAR10_RESNET18,
+        dataclasses.replace(
+            _CIFAR10_RESNET18,
+            name="cifar100_resnet18",
+            dataset="cifar100",
+            iterations=25_000,
+            target_accuracy=0.70,
+            alpha_c={"lasg": 5.0, "sasg": 1.25},
+            decay_iterations=(10_000, 20_000),
+        ),
+    )
+}

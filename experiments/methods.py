@@ -1,0 +1,35 @@
+"""The methods under comparison, as the optimisers of sasg_jax."""
+
+import optax
+
+import sasg_jax
+from experiments.configs import Config
+
+
+def learning_rate(config: Config) -> optax.ScalarOrSchedule:
+    """γ, divided by ten at every one of ``config.decay_iterations``."""
+    if not config.decay_iterations:
+        return config.learning_rate
+    scales = {iteration: 0.1 for iteration in config.decay_iterations}
+    return optax.piecewise_constant_schedule(config.learning_rate, scales)
+
+
+def make_optimizer(config: Config, method: str) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of one of :data:`experiments.configs.METHODS`."""
+    rate, workers = learning_rate(config), config.num_workers
+    if method == "sgd":
+        return sasg_jax.sgd(rate, num_workers=workers)
+    if method == "sparse":
+        return sasg_jax.sparse_sgd(rate, num_workers=workers, density=config.density)
+    rule = {
+        "num_workers": workers,
+        "max_staleness": config.max_staleness,
+        "history": config.history,
+        "alpha": sasg_jax.released_alpha(
+            config.alpha_c["lasg" if method == "lasg" else "sasg"], workers
+        ),
+    }
+    if method == "lasg":
+        return sasg_jax.lasg(rate, **rule)
+    downlink = sasg_jax.top_k(config.density) if method == "sasg_two_way" else None
+    return sasg_jax.sasg(rate, density=config.density, downlink=downlink, **rule)
