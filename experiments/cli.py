@@ -18,7 +18,7 @@ from experiments import data
 from experiments.configs import CONFIGS, PAPER_METHODS, Config
 from experiments.figures import LABELS, plot_curves
 from experiments.records import Point, Store
-from experiments.tables import comparison_table
+from experiments.tables import comparison_table, describe
 from experiments.training import train
 
 ConfigName = Literal["digits", "mnist_fc", "fashion_fc", "cifar10_resnet18", "cifar100_resnet18"]
@@ -95,7 +95,7 @@ class Run(Options):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command; errors of the user's making end it with a message and status 2."""
+    """Runs a command; what the user can mend ends it with a message and status 1."""
     command = tyro.cli(
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Run, tyro.conf.subcommand("run")],
@@ -107,10 +107,45 @@ def main(arguments: list[str] | None = None) -> None:
         methods, seeds = command.methods, command.seeds
     else:
         methods, seeds = (command.method,), (command.seed,)
+    runs = [(method, seed) for seed in seeds for method in methods]
+    console = rich.console.Console()
     try:
-        run_all(command, methods, seeds)
-    except (ValueError, ImportError, FileNotFoundError, FileExistsError, FloatingPointError) as e:
-        sys.exit(f"error: {e}")
+        config = configure(command)
+        for name, values in (("--methods", methods), ("--seeds", seeds)):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"Expected {name} to name one or more, each once, got {values}.")
+        if min(seeds) < 0:
+            raise ValueError(f"Expected seeds of at least 0, got {seeds}.")
+        now = datetime.datetime.now()
+        default = pathlib.Path("results") / f"{config.name}-{now:%Y%m%d-%H%M%S}"
+        store = Store(command.out or default)
+        store.check_free(config.name, runs)
+        with console.status("loading data"):
+            dataset, source = load(config, command.data_dir, command.archives)
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    store.write_settings(
+        {
+            "command": shlex.join(["python", "-m", "experiments", *(arguments or sys.argv[1:])]),
+            "started": now.isoformat(timespec="seconds"),
+            "config": {**dataclasses.asdict(config), "alpha_c": dict(config.alpha_c)},
+            "methods": methods,
+            "seeds": seeds,
+            "versions": {"python": platform.python_version(), "jax": jax.__version__},
+            "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+        }
+    )
+    try:
+        with _progress(console) as progress:
+            for method, seed in runs:
+                _one_run(config, method, seed, dataset, source, store, progress)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
+    records = store.records()
+    console.print(comparison_table(records))
+    figure = store.directory / "curves.png"
+    plot_curves(store, figure, describe(records[0]))
+    console.print(f"Results: {store.summary_path}\nFigure:  {figure}", soft_wrap=True)
 
 
 def configure(options: Options) -> Config:
@@ -137,42 +172,6 @@ def configure(options: Options) -> Config:
     if "+" in config.dataset and config.partition != "iid":
         raise ValueError("Expected --partition=iid with several data sets: each has its workers.")
     return config
-
-
-def run_all(options: Options, methods: tuple[str, ...], seeds: tuple[int, ...]) -> None:
-    """Trains every method with every seed, and reports."""
-    for name, values in (("--methods", methods), ("--seeds", seeds)):
-        if len(set(values)) != len(values) or not values:
-            raise ValueError(f"Expected {name} to name one or more, each once, got {values}.")
-    if min(seeds) < 0:
-        raise ValueError(f"Expected seeds of at least 0, got {seeds}.")
-    config = configure(options)
-    now = datetime.datetime.now()
-    store = Store(options.out or pathlib.Path("results") / f"{config.name}-{now:%Y%m%d-%H%M%S}")
-    runs = [(method, seed) for seed in seeds for method in methods]
-    for method, seed in runs:
-        store.check_free(method, seed)
-    console = rich.console.Console()
-    with console.status("loading data") if console.is_terminal else _Silent():
-        dataset, source = load(config, options.data_dir, options.archives)
-    store.write_settings(
-        {
-            "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
-            "started": now.isoformat(timespec="seconds"),
-            "config": {**dataclasses.asdict(config), "alpha_c": dict(config.alpha_c)},
-            "methods": methods,
-            "seeds": seeds,
-            "versions": {"python": platform.python_version(), "jax": jax.__version__},
-            "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-        }
-    )
-    with _progress(console) as progress:
-        for method, seed in runs:
-            _one_run(config, method, seed, dataset, source, store, progress)
-    console.print(comparison_table(store.records()))
-    figure = store.directory / "curves.png"
-    plot_curves(store, figure, f"{config.name} on {dataset.name}")
-    console.print(f"Results: {store.summary_path}\nFigure:  {figure}", soft_wrap=True)
 
 
 def load(
@@ -217,11 +216,3 @@ def _progress(console: rich.console.Console) -> rich.progress.Progress:
         console=console,
         disable=not console.is_terminal,
     )
-
-
-class _Silent:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *exception):
-        return None

@@ -241,7 +241,7 @@ def _read_split(
 
 def _read_cache(path: pathlib.Path, fingerprint: str) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             if str(file["fingerprint"]) == fingerprint:
                 return {key: file[key] for key in _ARRAYS}
     except FileNotFoundError:
@@ -543,9 +543,8 @@ def dirichlet_label_skew(
     counts = np.bincount(labels)
     for _ in range(_MAX_DRAWS):
         shares = rng.dirichlet(np.full(num_workers, concentration), size=len(counts))
-        # Where worker m's share of class c ends, rounded; the last one ends with the class.
+        # Where worker m's share of class c ends, rounded.
         ends = np.rint(np.cumsum(shares, axis=1) * counts[:, None]).astype(np.int64)
-        ends[:, -1] = counts
         if np.diff(ends, axis=1, prepend=0).sum(axis=0).min() >= min_examples:
             break
     else:

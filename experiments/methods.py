@@ -10,7 +10,7 @@ def learning_rate(config: Config) -> optax.ScalarOrSchedule:
     """γ, divided by ten at every one of ``config.decay_iterations``."""
     if not config.decay_iterations:
         return config.learning_rate
-    scales = {iteration: 0.1 for iteration in config.decay_iterations}
+    scales = dict.fromkeys(config.decay_iterations, 0.1)
     return optax.piecewise_constant_schedule(config.learning_rate, scales)
 
 

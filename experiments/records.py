@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -80,14 +81,21 @@ class Store:
     def curve_path(self, method: str, seed: int) -> pathlib.Path:
         return self.directory / f"curve-{method}-seed{seed}.jsonl"
 
-    def check_free(self, method: str, seed: int) -> None:
-        """Raises FileExistsError if this run would write over an earlier one."""
-        path = self.curve_path(method, seed)
-        if path.exists():
-            raise FileExistsError(
-                f"{path} holds the curve of an earlier run of {method} with seed {seed}. Choose "
-                "another --out, or move it away."
-            )
+    def check_free(self, config: str, runs: Sequence[tuple[str, int]]) -> None:
+        """Raises FileExistsError if runs (method and seed) would write over or among others'."""
+        for record in self.records():
+            if record["config"] != config:
+                raise FileExistsError(
+                    f"{self.summary_path} holds results of {record['config']}. Choose another "
+                    f"--out for {config}."
+                )
+        for method, seed in runs:
+            path = self.curve_path(method, seed)
+            if path.exists():
+                raise FileExistsError(
+                    f"{path} holds the curve of an earlier run of {method} with seed {seed}. "
+                    "Choose another --out, or move it away."
+                )
 
     def append_point(self, method: str, seed: int, point: Point) -> None:
         """Adds one line to the curve, on disk when this returns."""

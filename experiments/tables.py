@@ -1,9 +1,10 @@
 """Tables of results for a terminal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import rich.box
 from rich.table import Table
 
 from experiments.configs import METHODS
@@ -13,65 +14,59 @@ from experiments.figures import LABELS
 def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
     """Like the paper's Table II, with bytes beside its bits: means over seeds.
 
-    A cell over fewer seeds than were run (the target was not reached by all) says how many.
+    A method that did not reach the target with every seed says with how many.
     """
     target = records[0]["target_accuracy"]
-    seeds = sorted({record["seed"] for record in records})
     table = Table(
-        title=f"{records[0]['config']} on {records[0]['dataset']}: communication to reach "
-        f"{target:.0%} test accuracy",
-        caption=f"Means over seeds {', '.join(map(str, seeds))}. Paper bits: 32 for each value "
-        "sent up, no indices. Uplink: values, indices, flags. Two-way: uplink and downlink. "
-        "Ratios are to SGD's two-way bytes.",
+        title=f"{describe(records[0])}: what it took to reach {target:.0%} test accuracy",
+        caption=f"Means over seeds {', '.join(map(str, sorted({r['seed'] for r in records})))}. "
+        "Paper bits: 32 for each value sent up, without indices. Uplink: values, indices and "
+        "flags. Both ways: uplink and downlink. Accuracy: at the end of training.",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
+    table.add_column("Method", no_wrap=True)
     for heading in (
-        "Method",
         "Rounds",
         "Uploads",
         "Paper bits",
         "Uplink",
-        "Two-way",
-        "Ratio",
-        "Final accuracy",
+        "Both ways",
+        "Accuracy",
         "ms/round",
     ):
-        table.add_column(heading, justify="left" if heading == "Method" else "right")
+        table.add_column(heading, justify="right", no_wrap=True)
 
-    def two_way(record):
-        if record["uplink_bytes_at_target"] is None:
-            return None
-        return record["uplink_bytes_at_target"] + record["downlink_bytes_at_target"]
+    def mean(rows, *keys):
+        return float(np.mean([sum(row[key] for key in keys) for row in rows]))
 
-    def mean_of(method, value):
-        values = [value(record) for record in records if record["method"] == method]
-        reached = [value for value in values if value is not None]
-        return (float(np.mean(reached)) if reached else None), len(reached), len(values)
-
-    dense = mean_of("sgd", two_way)[0]
     for method in METHODS:
-        if not any(record["method"] == method for record in records):
+        runs = [record for record in records if record["method"] == method]
+        if not runs:
             continue
-
-        def cell(value: Any, show: Callable[[float], str], method: str = method) -> str:
-            getter = value if callable(value) else lambda record: record[value]
-            mean, reached, total = mean_of(method, getter)
-            if mean is None:
-                return "not reached"
-            return show(mean) + (f" ({reached} of {total})" if reached < total else "")
-
-        own = mean_of(method, two_way)[0]
-        table.add_row(
-            LABELS[method],
-            cell("iterations_at_target", lambda x: f"{x:,.0f}"),
-            cell("uploads_at_target", lambda x: f"{x:,.0f}"),
-            cell("paper_uplink_bits_at_target", lambda x: f"{x:.2e}"),
-            cell("uplink_bytes_at_target", format_bytes),
-            cell(two_way, format_bytes),
-            f"1/{dense / own:.1f}" if dense and own else "-",
-            cell("final_test_accuracy", lambda x: f"{x:.2%}"),
-            cell("ms_per_iteration", lambda x: f"{x:.2f}"),
-        )
+        reached = [run for run in runs if run["uploads_at_target"] is not None]
+        cells = ["not reached"] + [""] * 4
+        if reached:
+            both_ways = mean(reached, "uplink_bytes_at_target", "downlink_bytes_at_target")
+            cells = [
+                f"{mean(reached, 'iterations_at_target'):,.0f}",
+                f"{mean(reached, 'uploads_at_target'):,.0f}",
+                f"{mean(reached, 'paper_uplink_bits_at_target'):.2e}",
+                format_bytes(mean(reached, "uplink_bytes_at_target")),
+                format_bytes(both_ways),
+            ]
+        label = LABELS[method]
+        if 0 < len(reached) < len(runs):
+            label += f" ({len(reached)} of {len(runs)} seeds)"
+        accuracy = f"{mean(runs, 'final_test_accuracy'):.2%}"
+        table.add_row(label, *cells, accuracy, f"{mean(runs, 'ms_per_iteration'):.2f}")
     return table
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Names a run's experiment, and its data where that is not the experiment's own name."""
+    config, dataset = record["config"], record["dataset"]
+    return config if config == dataset else f"{config} on {dataset}"
 
 
 def format_bytes(count: float) -> str:

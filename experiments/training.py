@@ -70,7 +70,7 @@ def train(
     params, model_state = variables["params"], variables.get("batch_stats", {})
     has_model_state = bool(model_state)
 
-    def loss_fn(params, batch, *, model_state=None, key=None):
+    def loss_fn(params, batch, *, model_state=None, key: Any = None):
         images, labels = batch
         images = normalise(_augment(images, key) if config.augment else images)
         variables = {"params": params, "batch_stats": model_state or {}}
@@ -88,8 +88,9 @@ def train(
     )
     state = train_step.init(params, model_state, workers_key if config.augment else None)
     ledger = sasg_jax.Ledger(state.opt_state)
-    train_images, train_labels = jnp.asarray(dataset.train_images), jnp.asarray(
-        dataset.train_labels
+    train_images, train_labels = (
+        jnp.asarray(dataset.train_images),
+        jnp.asarray(dataset.train_labels),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -102,7 +103,7 @@ def train(
     @jax.jit
     def count_correct(params, model_state, images, labels):
         variables = {"params": params, "batch_stats": model_state}
-        logits = model.apply(variables, normalise(images), train=False)
+        logits: Any = model.apply(variables, normalise(images), train=False)
         return jnp.sum(logits.argmax(-1) == labels)
 
     def test_accuracy(state):
@@ -197,7 +198,7 @@ def _per_round(infos: list[sasg_jax.RoundInfo]) -> list[dict[str, np.ndarray]]:
 
 
 def _normaliser(train_images: np.ndarray) -> Callable[[Any], jax.Array]:
-    """Maps uint8 images to floats of mean 0 and deviation 1 in every channel of the training set."""
+    """Maps uint8 images so that every channel of the training set has mean 0 and deviation 1."""
     channels = train_images.reshape(-1, train_images.shape[-1]) / np.float32(255)
     mean, deviation = channels.mean(0, dtype=np.float64), channels.std(0, dtype=np.float64)
     mean, deviation = mean.astype(np.float32), np.maximum(deviation, 1e-6).astype(np.float32)

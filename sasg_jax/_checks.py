@@ -6,6 +6,7 @@ from collections.abc import Collection, Hashable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 # Arguments that fix shapes or control flow. optax.inject_hyperparams turns every number that is

@@ -8,6 +8,7 @@ tree's shapes alone, and a remainder, what the message left out:
 The worker keeps the remainder as its residual and adds it to what it sends next (error feedback).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,7 +83,10 @@ def identity() -> Compressor:
 
 
 class TopKMessage(NamedTuple):
-    """The kept entries of one vector, each index at most once, in no particular order."""
+    """The kept entries of one vector, each index at most once, in no particular order.
+
+    A whole message is a tuple of these: one for each tensor, or one for the tree.
+    """
 
     values: jax.Array  # shape=(k,), dtype of the vector
     indices: jax.Array  # shape=(k,), the smallest unsigned integer type that fits
@@ -113,14 +117,14 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
     >>> import jax.numpy as jnp
     >>> compressor = top_k(0.5)
     >>> message, remainder = compressor.compress(jnp.array([1.0, -4.0, 3.0, 2.0]))
-    >>> sorted(message.indices.tolist()), remainder.tolist()
+    >>> sorted(message[0].indices.tolist()), remainder.tolist()
     ([1, 2], [1.0, 0.0, 0.0, 2.0])
 
     References: Stich et al., `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
     """
     density = check_density("density", density)
-    check_choice("scope", scope, ("tensor", "tree"))
-    check_choice("selection", selection, tuple(selection_lib.METHODS))
+    check_choice("scope", scope, _SCOPES)
+    check_choice("selection", selection, selection_lib.METHODS)
 
     def kept(size: int) -> int:
         return max(1, math.floor(density * size))
@@ -144,39 +148,22 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
         k = kept(size)
         return MessageSize(k * (dtype.itemsize + _index_dtype(size).itemsize), 32 * k)
 
-    if scope == "tensor":
+    to_vectors, from_vectors = _SCOPES[scope]
 
-        def compress(tree):
-            leaves, treedef = jax.tree.flatten(tree)
-            pairs = [compress_vector(leaf.reshape(-1)) for leaf in leaves]
-            remainder = [rest.reshape(x.shape) for (_, rest), x in zip(pairs, leaves, strict=True)]
-            return treedef.unflatten([m for m, _ in pairs]), treedef.unflatten(remainder)
+    def compress(tree):
+        pairs = [compress_vector(x) for x in to_vectors(tree)]
+        return tuple(message for message, _ in pairs), from_vectors([r for _, r in pairs], tree)
 
-        def decompress_sum(messages, like):
-            leaves, treedef = jax.tree.flatten(like)
-            sums = [
-                decompress_sum_vector(m, x.size, x.dtype).reshape(x.shape)
-                for m, x in zip(treedef.flatten_up_to(messages), leaves, strict=True)
-            ]
-            return treedef.unflatten(sums)
+    def decompress_sum(messages, like):
+        sums = [
+            decompress_sum_vector(message, x.size, x.dtype)
+            for message, x in zip(messages, jax.eval_shape(to_vectors, like), strict=True)
+        ]
+        return from_vectors(sums, like)
 
-        def message_size(tree):
-            sizes = [vector_size(leaf.size, leaf.dtype) for leaf in jax.tree.leaves(tree)]
-            return MessageSize(*map(sum, zip(*sizes, strict=True)))
-
-    else:
-
-        def compress(tree):
-            message, rest = compress_vector(_concatenate(tree))
-            return message, _split(rest, tree)
-
-        def decompress_sum(messages, like):
-            vector = jax.eval_shape(_concatenate, like)
-            return _split(decompress_sum_vector(messages, vector.size, vector.dtype), like)
-
-        def message_size(tree):
-            vector = jax.eval_shape(_concatenate, tree)
-            return vector_size(vector.size, vector.dtype)
+    def message_size(tree):
+        sizes = [vector_size(x.size, x.dtype) for x in jax.eval_shape(to_vectors, tree)]
+        return MessageSize(*map(sum, zip(*sizes, strict=True)))
 
     return Compressor(compress, decompress_sum, message_size, lossless=False)
 
@@ -194,19 +181,32 @@ def _sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _concatenate(tree: PyTree) -> jax.Array:
-    """All entries of the tree in one vector, of a type that holds every leaf's values exactly."""
+def _flatten_each(tree: PyTree) -> list[jax.Array]:
+    return [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
+
+
+def _unflatten_each(vectors: list[jax.Array], like: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(like)
+    return treedef.unflatten(
+        [x.reshape(leaf.shape) for x, leaf in zip(vectors, leaves, strict=True)]
+    )
+
+
+def _concatenate(tree: PyTree) -> list[jax.Array]:
+    """All entries in one vector, of a type that holds the values of every leaf exactly."""
     leaves = jax.tree.leaves(tree)
     dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
-    return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in leaves])
+    return [jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in leaves])]
 
 
-def _split(vector: jax.Array, like: PyTree) -> PyTree:
-    """Inverse of :func:`_concatenate`."""
+def _split(vectors: list[jax.Array], like: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(like)
-    parts, start = [], 0
-    for leaf in leaves:
-        part = vector[start : start + leaf.size]
-        parts.append(part.reshape(leaf.shape).astype(leaf.dtype))
-        start += leaf.size
-    return treedef.unflatten(parts)
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+    parts = jnp.split(vectors[0], ends[:-1])
+    return treedef.unflatten(
+        [x.reshape(leaf.shape).astype(leaf.dtype) for x, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+# How a tree becomes the vectors among whose entries the selection is made, and back.
+_SCOPES = {"tensor": (_flatten_each, _unflatten_each), "tree": (_concatenate, _split)}

@@ -55,9 +55,9 @@ def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
     """The same set as :func:`lax_top_k`, found by pruning with a sampled bound."""
     if x.dtype.itemsize > 4:  # float64 has no exact float32 magnitude
         return lax_top_k(x, k)
-    magnitudes = jnp.abs(x.astype(jnp.float32))
-    sample = magnitudes[: x.size // _SAMPLE_STRIDE * _SAMPLE_STRIDE]
-    sample = sample.reshape(-1, _SAMPLE_STRIDE)[:, 0]
+    x = x.astype(jnp.float32)
+    sample = x[: x.size // _SAMPLE_STRIDE * _SAMPLE_STRIDE]
+    sample = jnp.abs(sample.reshape(-1, _SAMPLE_STRIDE)[:, 0])
     # A quarter more than the expected rank, and some entries for small k, so that the bound rarely
     # lies above the k-th largest. `min`, not `[-1]`: XLA's fast top-k is lost behind a slice.
     rank = int(1.25 * k / _SAMPLE_STRIDE) + 8
@@ -66,11 +66,11 @@ def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
     bound = lax.top_k(sample, rank)[0].min()
 
     capacity = min(2 * k + 512, x.size)
-    listed, count = _first_set_bits(_pack(magnitudes >= bound), capacity)
+    listed, count = _first_set_bits(_pack(jnp.abs(x) >= bound), capacity)
 
     def exact():
-        listed_magnitudes = jnp.where(jnp.arange(capacity) < count, magnitudes[listed], -1.0)
-        return listed[_bisect_top_k(listed_magnitudes, k)]
+        magnitudes = jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
+        return listed[_bisect_top_k(magnitudes, k)]
 
     return lax.cond((count >= k) & (count <= capacity), exact, lambda: lax_top_k(x, k))
 

@@ -14,6 +14,7 @@ from sasg_jax.state_axes import per_worker, stack_workers
 from sasg_jax.transform import diagnostics
 
 PyTree = Any
+Device = Any  # jax.Device
 
 
 class TrainState(NamedTuple):
@@ -22,7 +23,7 @@ class TrainState(NamedTuple):
     params: PyTree  # the same on all workers
     opt_state: PyTree  # optax state; a worker's own parts have a leading axis M
     model_state: PyTree  # e.g. BatchNorm statistics, leading axis M; () if there is none
-    keys: jax.Array | tuple[()]  # a PRNG key for each worker, shape=(M,); () if there are none
+    keys: PyTree  # a PRNG key for each worker, shape=(M,); () if there are none
 
 
 class RoundInfo(NamedTuple):
@@ -57,7 +58,7 @@ def make_train_step(
     has_aux: bool = False,
     has_model_state: bool = False,
     has_key: bool = False,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     axis_name: str = "workers",
     donate: bool = True,
 ) -> TrainStep:
@@ -82,40 +83,37 @@ def make_train_step(
       donate: whether ``step`` may reuse the memory of the state it is given.
 
     Raises:
-      ValueError: an argument is out of its range; too few devices; ``tx`` contains no
-        transformation of ours, or state that differs between workers where it must not.
+      ValueError: an argument is out of its range, or there are too few devices. When the step is
+        first called: a leading axis of ``batch`` is not M, ``tx`` contains no transformation of
+        ours, or it carries state that differs between workers where it must not.
     """
     check_int("num_workers", num_workers, minimum=1)
     check_choice("driver", driver, ("vmap", "pmap", "shard_map"))
     check_axis_name(axis_name)
     tx = optax.with_extra_args_support(tx)
-    if driver == "vmap":
-        if devices is not None:
-            raise expected("devices", devices, "to be None for driver='vmap'")
-    else:
-        devices = _check_devices(devices, num_workers)
+    devices = _check_devices(driver, devices, num_workers)
 
     def loss_parts(params, model_state, key, batch):
         extra = {"model_state": model_state} if has_model_state else {}
         extra |= {"key": key} if has_key else {}
         out = loss_fn(params, batch, **extra)
+        new_model_state = aux = ()
         if has_model_state and has_aux:
             loss, (new_model_state, aux) = out
         elif has_model_state:
-            (loss, new_model_state), aux = out, ()
+            loss, new_model_state = out
         elif has_aux:
-            (loss, aux), new_model_state = out, ()
+            loss, aux = out
         else:
-            loss, new_model_state, aux = out, (), ()
+            loss = out
         return loss, (new_model_state, aux)
+
+    value_and_grad = jax.value_and_grad(loss_parts, has_aux=True)
 
     def worker_step(state: TrainState, batch: PyTree) -> tuple[TrainState, RoundInfo]:
         """One worker's view of a round."""
         params, opt_state, model_state, key = state
-        round_key = ()
-        if has_key:
-            key, round_key = jax.random.split(key)
-        value_and_grad = jax.value_and_grad(loss_parts, has_aux=True)
+        key, round_key = jax.random.split(key) if has_key else ((), ())
         (loss, (new_model_state, aux)), grads = value_and_grad(
             params, model_state, round_key, batch
         )
@@ -128,19 +126,12 @@ def make_train_step(
         state = TrainState(optax.apply_updates(params, updates), opt_state, new_model_state, key)
         return state, RoundInfo(loss, *diagnostics(opt_state), aux)
 
-    def owners(state: TrainState) -> TrainState:
-        """Whether each part of the state belongs to one worker."""
-        opt_state = per_worker(state.opt_state)
-        return TrainState(params=False, opt_state=opt_state, model_state=True, keys=True)
-
-    info_owners = RoundInfo(True, True, True, True, True, False, True)
-
     def simulated(state: TrainState, batch: PyTree) -> tuple[TrainState, RoundInfo]:
-        axes = _choose(owners(state), 0, None)
+        axes = _choose(_owners(state), 0, None)
         over_workers = jax.vmap(
             worker_step,
             in_axes=(axes, 0),
-            out_axes=(axes, _choose(info_owners, 0, None)),
+            out_axes=(axes, _choose(_INFO_OWNERS, 0, None)),
             axis_name=axis_name,
             axis_size=num_workers,
         )
@@ -152,103 +143,97 @@ def make_train_step(
             raise ValueError(
                 "Expected params and everything in the optimiser state after the sasg_jax "
                 "transformation to be the same on all workers, but a part depends on the worker. "
-                "Put transformations that see a worker's own gradients before it, in optax.chain."
+                "In optax.chain, put what sees a worker's own gradients before the sasg_jax "
+                "transformation."
             ) from error
 
-    def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
-        if has_key != (key is not None):
-            raise expected("key", key, f"to be {'a PRNG key' if has_key else 'None'} here")
-        if has_model_state != bool(jax.tree.leaves(model_state)):
-            raise ValueError(
-                f"Expected model_state to {'hold arrays' if has_model_state else 'be empty'}: "
-                f"has_model_state={has_model_state}."
-            )
-        state = TrainState(
-            params=jax.tree.map(jnp.array, params),  # copies: the step donates its state
-            opt_state=stack_workers(tx.init(params), num_workers),
-            model_state=jax.tree.map(
-                lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))), model_state
-            )
-            if has_model_state
-            else (),
-            keys=() if key is None else jax.random.split(key, num_workers),
-        )
-        if driver != "vmap":
-            state = jax.device_put(state, _shardings(owners(state), state))
-        return state
-
-    donate_argnums = (0,) if donate else ()
-    mesh = Mesh(np.asarray(devices), (axis_name,)) if driver != "vmap" else None
-
-    def _shardings(owner_tree, tree):
-        specs = _choose(owner_tree, PartitionSpec(axis_name), PartitionSpec())
-        return jax.tree.map(
-            lambda spec, part: jax.tree.map(lambda _: NamedSharding(mesh, spec), part),
-            specs,
-            tree,
-            is_leaf=lambda x: isinstance(x, PartitionSpec),
-        )
-
-    def check_batch(batch):
+    def check(state: TrainState, batch: PyTree) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             if jnp.shape(leaf)[:1] != (num_workers,):
                 raise ValueError(
                     f"Expected batch{jax.tree_util.keystr(path)} to have a leading axis of "
                     f"num_workers={num_workers}, got shape {jnp.shape(leaf)}."
                 )
+        if driver != "vmap":
+            # vmap refuses to return as shared what depends on the worker. The other drivers would
+            # return one worker's, and replicas would drift apart.
+            jax.eval_shape(simulated, state, batch)
+
+    def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
+        if has_key != (key is not None):
+            raise expected("key", key, f"to be {'a PRNG key' if has_key else 'None'} here")
+        if has_model_state != bool(jax.tree.leaves(model_state)):
+            raise ValueError(
+                f"Expected model_state to {'hold arrays' if has_model_state else 'be empty'}, as "
+                f"has_model_state={has_model_state}."
+            )
+
+        def stack(x):
+            return jnp.broadcast_to(x, (num_workers, *jnp.shape(x)))
+
+        state = TrainState(
+            params=jax.tree.map(jnp.array, params),  # copies: the step donates its state
+            opt_state=stack_workers(tx.init(params), num_workers),
+            model_state=jax.tree.map(stack, model_state) if has_model_state else (),
+            keys=() if key is None else jax.random.split(key, num_workers),
+        )
+        if driver != "vmap":  # where the step leaves it, so that it is compiled once
+            state = jax.device_put(state, _shardings(state, _mesh(devices, axis_name)))
+        return state
+
+    donated = (0,) if donate else ()
 
     if driver == "vmap":
 
-        def step(state, batch):
-            check_batch(batch)
+        def vmapped_step(state, batch):
+            check(state, batch)
             return simulated(state, batch)
 
-        return TrainStep(init, jax.jit(step, donate_argnums=donate_argnums))
-
-    def sharded_step(state, batch):
-        check_batch(batch)
-        jax.eval_shape(simulated, state, batch)  # raises where replicas would drift apart
-        state_owners = owners(state)
-
-        def on_one_device(state, batch):
-            # shard_map hands each worker a block with a leading axis of 1.
-            state = _map_own(state_owners, lambda x: x[0], state)
-            state, info = worker_step(state, jax.tree.map(lambda x: x[0], batch))
-            expand = lambda x: x[None]
-            return _map_own(state_owners, expand, state), _map_own(info_owners, expand, info)
-
-        split, replicated = PartitionSpec(axis_name), PartitionSpec()
-        state_specs = _choose(state_owners, split, replicated)
-        return jax.shard_map(
-            on_one_device,
-            mesh=mesh,
-            in_specs=(state_specs, split),
-            out_specs=(state_specs, _choose(info_owners, split, replicated)),
-            check_vma=False,
-        )(state, batch)
+        return TrainStep(init, jax.jit(vmapped_step, donate_argnums=donated))
 
     if driver == "shard_map":
-        return TrainStep(init, jax.jit(sharded_step, donate_argnums=donate_argnums))
 
-    compiled: dict[Any, Callable[..., Any]] = {}
+        def sharded_step(state, batch):
+            check(state, batch)
+            owners = _owners(state)
 
-    def pmap_step(state, batch):
-        check_batch(batch)
-        structure = jax.tree.structure((state, batch))
-        if structure not in compiled:
-            jax.eval_shape(simulated, state, batch)
-            axes = _choose(owners(state), 0, None)
-            compiled[structure] = jax.pmap(
+            def on_one_device(state, batch):
+                # shard_map hands each worker a block with a leading axis of 1.
+                state = _map_own(lambda x: x[0], owners, state)
+                state, info = worker_step(state, jax.tree.map(lambda x: x[0], batch))
+                expand = lambda x: x[None]
+                return _map_own(expand, owners, state), _map_own(expand, _INFO_OWNERS, info)
+
+            split, shared = PartitionSpec(axis_name), PartitionSpec()
+            specs = _choose(owners, split, shared)
+            return jax.shard_map(
+                on_one_device,
+                mesh=_mesh(devices, axis_name),
+                in_specs=(specs, split),
+                out_specs=(specs, _choose(_INFO_OWNERS, split, shared)),
+                check_vma=False,
+            )(state, batch)
+
+        return TrainStep(init, jax.jit(sharded_step, donate_argnums=donated))
+
+    mapped: dict[Any, Callable[..., Any]] = {}  # by the structure of what it is called with
+
+    def pmapped_step(state, batch):
+        check_key = jax.tree.structure((state, batch)), _shapes((state, batch))
+        if check_key not in mapped:
+            check(state, batch)
+            axes = _choose(_owners(state), 0, None)
+            mapped[check_key] = jax.pmap(
                 worker_step,
                 axis_name=axis_name,
                 in_axes=(axes, 0),
-                out_axes=(axes, _choose(info_owners, 0, None)),
-                donate_argnums=donate_argnums,
+                out_axes=(axes, _choose(_INFO_OWNERS, 0, None)),
+                donate_argnums=donated,
                 devices=devices,
             )
-        return compiled[structure](state, batch)
+        return mapped[check_key](state, batch)
 
-    return TrainStep(init, pmap_step)
+    return TrainStep(init, pmapped_step)
 
 
 def mean_model_state(model_state: PyTree) -> PyTree:
@@ -264,6 +249,29 @@ def mean_model_state(model_state: PyTree) -> PyTree:
     return jax.tree.map(mean, model_state)
 
 
+# Which parts of a round's report belong to one worker: all but the threshold.
+_INFO_OWNERS: PyTree = RoundInfo(
+    **{name: name != "threshold" for name in RoundInfo._fields}  # pyright: ignore
+)
+
+
+def _owners(state: TrainState) -> PyTree:
+    """Whether each part of the state belongs to one worker; a prefix of the state."""
+    opt_state = per_worker(state.opt_state)
+    return TrainState(params=False, opt_state=opt_state, model_state=True, keys=True)
+
+
+def _choose(owners: PyTree, own: Any, shared: Any) -> PyTree:
+    return jax.tree.map(lambda is_own: own if is_own else shared, owners)
+
+
+def _map_own(fn: Callable[[jax.Array], jax.Array], owners: PyTree, tree: PyTree) -> PyTree:
+    """Applies ``fn`` to the arrays that belong to one worker."""
+    return jax.tree.map(
+        lambda is_own, part: jax.tree.map(fn, part) if is_own else part, owners, tree
+    )
+
+
 def _fill_masked(tree: PyTree, params: PyTree) -> PyTree:
     """Puts the current parameters where ``optax.masked`` has hidden them from the stale ones."""
     return jax.tree.map(
@@ -274,20 +282,32 @@ def _fill_masked(tree: PyTree, params: PyTree) -> PyTree:
     )
 
 
-def _choose(owner_tree: PyTree, own: Any, shared: Any) -> PyTree:
-    return jax.tree.map(lambda is_own: own if is_own else shared, owner_tree)
+def _shapes(tree: PyTree) -> tuple[Any, ...]:
+    return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _map_own(owner_tree: PyTree, fn: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
-    """Applies ``fn`` to the leaves that belong to one worker; ``owner_tree`` is a prefix."""
+def _mesh(devices: Sequence[Device], axis_name: str) -> Mesh:
+    return Mesh(np.asarray(devices), (axis_name,))
+
+
+def _shardings(state: TrainState, mesh: Mesh) -> PyTree:
+    (axis_name,) = mesh.axis_names
+    split = NamedSharding(mesh, PartitionSpec(axis_name))
+    shared = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
-        lambda is_own, part: jax.tree.map(fn, part) if is_own else part, owner_tree, tree
+        lambda is_own, part: jax.tree.map(lambda _: split if is_own else shared, part),
+        _owners(state),
+        state,
     )
 
 
 def _check_devices(
-    devices: Sequence[jax.Device] | None, num_workers: int
-) -> Sequence[jax.Device]:
+    driver: str, devices: Sequence[Device] | None, num_workers: int
+) -> Sequence[Device]:
+    if driver == "vmap":
+        if devices is not None:
+            raise expected("devices", devices, "to be None for driver='vmap'")
+        return ()
     given = jax.devices()[:num_workers] if devices is None else list(devices)
     if len(given) != num_workers:
         raise ValueError(

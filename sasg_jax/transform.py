@@ -7,6 +7,7 @@ rate inside the compressor, as the paper has it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -156,7 +157,7 @@ def make_transform(
     elif rule.adaptive and callable(rule.alpha):
         upload_rules.weights(rule, None)  # raises: alpha needs a learning rate
 
-    def init(params):
+    def init(params: PyTree) -> Any:
         check_params(params)
         up = compressor.message_size(params)
         down = (downlink or identity()).message_size(params)
@@ -179,8 +180,17 @@ def make_transform(
             ),
         )
 
-    def update(grads, state, params=None, *, grad_fn=None, stale_grads=None, **extra_args):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        grad_fn: Callable[[PyTree], PyTree] | None = None,
+        stale_grads: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
         del extra_args
+        grads = updates
         if params is None:
             raise ValueError(
                 "Expected params to be passed to update(grads, state, params), got None."
@@ -191,6 +201,7 @@ def make_transform(
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         server = state.server
         gamma = learning_rate(server.round) if callable(learning_rate) else learning_rate
+        gamma = None if gamma is None else jnp.asarray(gamma)
 
         history, threshold = server.history, server.threshold
         if rule.adaptive:
@@ -207,7 +218,7 @@ def make_transform(
             grads,
             params,
             stale_grads_fn=lambda stale: _stale_grads(stale, params, grad_fn, stale_grads),
-            learning_rate=gamma if complete else 1.0,
+            learning_rate=jnp.ones(()) if gamma is None else gamma,
             threshold=threshold,
             round=server.round,
         )
@@ -221,9 +232,7 @@ def make_transform(
                 fresh = messages = server_lib.replace_messages(messages, fresh, uploaded)
             total = compressor.decompress_sum(fresh, params)
         step = jax.tree.map(lambda x: x / num_workers, total)
-        step, downlink_residual = server_lib.compress_step(
-            downlink, step, server.downlink_residual
-        )
+        step, downlink_residual = server_lib.compress_step(downlink, step, server.downlink_residual)
 
         if rule.adaptive and complete:
             step_weights = upload_rules.weights(rule, gamma)
@@ -233,12 +242,12 @@ def make_transform(
             messages=messages,
             history=history,
             threshold=threshold,
-            round=optax.safe_increment(server.round),
+            round=jnp.asarray(optax.safe_increment(server.round)),
             downlink_residual=downlink_residual,
             previous_params=params if rule.adaptive and not complete else (),
         )
-        updates = jax.tree.map(jnp.negative, step) if complete else step
-        return updates, AggregateState(worker, new_server, state.wire)
+        new_updates = jax.tree.map(jnp.negative, step) if complete else step
+        return new_updates, AggregateState(worker, new_server, state.wire)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -260,7 +269,11 @@ def diagnostics(opt_state: PyTree) -> Diagnostics:
 
 
 def find_state(opt_state: PyTree) -> AggregateState:
-    """Returns the one :class:`AggregateState` inside an optax state; raises ValueError if not one."""
+    """Returns the one :class:`AggregateState` inside an optax state.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AggregateState))
     found = [node for node in nodes if isinstance(node, AggregateState)]
     if len(found) != 1:

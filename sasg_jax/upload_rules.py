@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,9 +39,7 @@ def always() -> UploadRule:
     return UploadRule(adaptive=False)
 
 
-def innovation(
-    alpha: Alpha | AlphaFn, *, max_staleness: int = 10, history: int = 10
-) -> UploadRule:
+def innovation(alpha: Alpha | AlphaFn, *, max_staleness: int = 10, history: int = 10) -> UploadRule:
     """The paper's rule (6): a worker uploads when its gradient has changed enough.
 
     Args:
@@ -63,7 +62,7 @@ def innovation(
 
 
 def released_alpha(c: float, num_workers: int) -> AlphaFn:
-    """α_d = c·M/γ for every d: the threshold of the authors' released code, for a mean over workers.
+    """α_d = c·M/γ for every d: the authors' released threshold, written for a mean over workers.
 
     Their code steps with the sum over workers, so that their learning rate is our γ / M, and tests
     ``innovation <= c / (their rate · M²) · Σ_d ‖step‖²``, which is ``c / (γ·M) · Σ_d ‖step‖²``.

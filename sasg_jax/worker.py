@@ -51,7 +51,7 @@ def worker_round(
     params: PyTree,
     *,
     stale_grads_fn: Callable[[PyTree], PyTree],
-    learning_rate: jax.Array | float,
+    learning_rate: jax.Array,
     threshold: jax.Array,
     round: jax.Array,
 ) -> tuple[WorkerState, PyTree]:

@@ -1,0 +1,10 @@
+"""The library's own tests refuse implicit rank promotion; flax's layers and the loss use it."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def allow_rank_promotion():
+    with jax.numpy_rank_promotion("allow"):
+        yield

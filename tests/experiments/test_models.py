@@ -1,0 +1,66 @@
+"""The models have the paper's sizes and PyTorch's initial scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.configs import CONFIGS
+from experiments.models import MLP, ResNet18, make_model
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "parameters"),
+    [
+        (MLP(10), (1, 28, 28, 1), 407_050),
+        (ResNet18(10), (1, 32, 32, 3), 11_173_962),
+        (ResNet18(100), (1, 32, 32, 3), 11_173_962 + 90 * 513),
+    ],
+)
+def test_number_of_parameters_is_the_papers(model, shape, parameters):
+    init = lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=True)
+    assert count(jax.eval_shape(init)["params"]) == parameters
+
+
+def test_dense_layers_start_uniform_within_one_over_the_root_of_fan_in():
+    params = MLP(10).init(jax.random.key(0), jnp.zeros((1, 784)), train=True)["params"]
+    for layer, fan_in in (("Dense_0", 784), ("Dense_1", 512)):
+        bound = 1 / np.sqrt(fan_in)
+        kernel = np.asarray(params[layer]["kernel"])
+        assert np.abs(kernel).max() <= bound
+        np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.03)
+        assert np.abs(params[layer]["bias"]).max() <= bound
+        assert np.abs(params[layer]["bias"]).max() > 0
+
+
+def test_convolutions_start_uniform_within_one_over_the_root_of_fan_in():
+    model = ResNet18(10, width=8)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=True)["params"]
+    kernel = np.asarray(params["_ResNetBlock_7"]["Conv_1"]["kernel"])
+    assert kernel.shape == (3, 3, 64, 64)
+    bound = 1 / np.sqrt(9 * 64)
+    assert np.abs(kernel).max() <= bound
+    np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.02)
+
+
+def test_resnet_halves_the_image_three_times_and_writes_statistics_only_in_training():
+    model = ResNet18(10, width=4)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images, train=True)
+    logits, written = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    assert logits.shape == (2, 10)
+    before, after = variables["batch_stats"], written["batch_stats"]
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    assert all(jax.tree.leaves(changed))
+    _, untouched = model.apply(variables, images, train=False, mutable=["batch_stats"])
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), before, untouched["batch_stats"]))
+
+
+def test_every_configuration_makes_its_model():
+    for config in CONFIGS.values():
+        model = make_model(config, 7)
+        assert (model.num_classes, model.width) == (7, config.width)
