@@ -8,8 +8,9 @@ try:
     import rich  # noqa: F401
     import tyro  # noqa: F401
 except ImportError as error:
+    package = error.name or str(error)
     sys.exit(
-        f"The experiments need the package {error.name!r}, which is not installed. "
+        f"The experiments need the package {package!r}, which is not installed. "
         'Install their packages with: pip install -e ".[experiments]"'
     )
 

@@ -25,6 +25,11 @@ ConfigName = Literal["digits", "mnist_fc", "fashion_fc", "cifar10_resnet18", "ci
 Method = Literal["sgd", "sparse", "lasg", "sasg", "sasg_two_way"]
 
 
+def _optional(metavar: str, default: str = "the configuration's") -> Any:
+    """How the help shows an option whose default is not a value."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 @dataclasses.dataclass
 class Options:
     """What both commands take."""
@@ -33,12 +38,12 @@ class Options:
     """The experiment: which data, model and settings. `digits` needs no download and a minute;
     `mnist_fc` is the paper's setting for MNIST (784-512-10); the ResNet18 ones want a GPU."""
 
-    iterations: int | None = None
-    """Training rounds. [default: the configuration's]"""
+    iterations: Annotated[int | None, _optional("INT")] = None
+    """Training rounds."""
 
-    dataset: str | None = None
+    dataset: Annotated[str | None, _optional("NAME")] = None
     """`digits` or the name of an image classification set of tensorflow-datasets; several joined by
-    `+` (`cifar10+mnist`) go to the workers in turn. [default: the configuration's]"""
+    `+` (`cifar10+mnist`) go to the workers in turn."""
 
     partition: Literal["iid", "dirichlet"] = "iid"
     """How training images are dealt to workers: evenly at random, or with skewed labels."""
@@ -46,19 +51,19 @@ class Options:
     concentration: float = 0.5
     """Of the Dirichlet distribution of labels over workers; smaller is more skewed."""
 
-    width: int | None = None
+    width: Annotated[int | None, _optional("INT")] = None
     """Hidden units of the fully connected network, or channels of the ResNet18's first stage (64 in
-    the paper; 8 is small enough for a CPU). [default: the configuration's]"""
+    the paper; 8 is small enough for a CPU)."""
 
-    data_dir: pathlib.Path | None = None
-    """Where tensorflow-datasets keeps prepared data. [default: ~/tensorflow_datasets]"""
+    data_dir: Annotated[pathlib.Path | None, _optional("DIR", "~/tensorflow_datasets")] = None
+    """Where tensorflow-datasets keeps prepared data."""
 
-    archives: pathlib.Path | None = None
+    archives: Annotated[pathlib.Path | None, _optional("DIR", "download them")] = None
     """A folder with the original archives of the data set (in it, or in a subfolder named like the
     set), to prepare it from without a network."""
 
-    out: pathlib.Path | None = None
-    """Where results go; nothing there is overwritten. [default: results/CONFIG-DATE-TIME]"""
+    out: Annotated[pathlib.Path | None, _optional("DIR", "results/CONFIG-DATE-TIME")] = None
+    """Where results go; nothing there is overwritten."""
 
 
 @dataclasses.dataclass

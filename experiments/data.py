@@ -110,7 +110,7 @@ def load(
     if name == "digits":
         return _load_digits()
 
-    _require("Data sets other than digits", "datasets", "tensorflow_datasets", "PIL")
+    _require("A data set other than digits", "datasets", "tensorflow_datasets", "PIL")
     tfds = importlib.import_module("tensorflow_datasets")
     if not hasattr(tfds, "builder"):  # It logs what fails inside it and comes out half empty.
         raise ImportError(

@@ -60,15 +60,10 @@ class Point:
 
 
 class Store:
-    """A directory of results. It never replaces or removes what is there.
-
-    Args:
-      directory: made if it does not exist.
-    """
+    """A directory of results, made with the first of them. It never replaces or removes any."""
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
 
     @property
     def summary_path(self) -> pathlib.Path:
@@ -99,6 +94,7 @@ class Store:
 
     def append_point(self, method: str, seed: int, point: Point) -> None:
         """Adds one line to the curve, on disk when this returns."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         with self.curve_path(method, seed).open("a") as file:
             file.write(json.dumps(dataclasses.asdict(point)) + "\n")
 
@@ -117,8 +113,8 @@ class Store:
         earlier = json.loads(path.read_text()) if path.exists() else []
         self._write(path, [*earlier, settings])
 
-    @staticmethod
-    def _write(path: pathlib.Path, content: Any) -> None:
+    def _write(self, path: pathlib.Path, content: Any) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(partial, path)

@@ -14,16 +14,14 @@ from experiments.figures import LABELS
 def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
     """Like the paper's Table II, with bytes beside its bits: means over seeds.
 
-    A method that did not reach the target with every seed says with how many.
+    The caption says of a method that did not reach the target with every seed with how many.
     """
     target = records[0]["target_accuracy"]
+    seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
     table = Table(
         title=f"{describe(records[0])}: what it took to reach {target:.0%} test accuracy",
-        caption=f"Means over seeds {', '.join(map(str, sorted({r['seed'] for r in records})))}. "
-        "Paper bits: 32 for each value sent up, without indices. Uplink: values, indices and "
-        "flags. Both ways: uplink and downlink. Accuracy: at the end of training.",
         box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     table.add_column("Method", no_wrap=True)
     for heading in (
@@ -36,6 +34,11 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
         "ms/round",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
+    notes = [
+        f"Means over seeds {seeds}." if "," in seeds else f"Seed {seeds}.",
+        "Paper bits: 32 for each value sent up, without indices. Uplink: values, indices and "
+        "flags. Both ways: uplink and downlink. Accuracy: at the end of training.",
+    ]
 
     def mean(rows, *keys):
         return float(np.mean([sum(row[key] for key in keys) for row in rows]))
@@ -55,11 +58,14 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
                 format_bytes(mean(reached, "uplink_bytes_at_target")),
                 format_bytes(both_ways),
             ]
-        label = LABELS[method]
         if 0 < len(reached) < len(runs):
-            label += f" ({len(reached)} of {len(runs)} seeds)"
+            notes.append(
+                f"{LABELS[method]}: {len(reached)} of {len(runs)} seeds reached the target; the "
+                "means are over these."
+            )
         accuracy = f"{mean(runs, 'final_test_accuracy'):.2%}"
-        table.add_row(label, *cells, accuracy, f"{mean(runs, 'ms_per_iteration'):.2f}")
+        table.add_row(LABELS[method], *cells, accuracy, f"{mean(runs, 'ms_per_iteration'):.2f}")
+    table.caption = " ".join(notes)
     return table
 
 

@@ -38,16 +38,14 @@ def update_if(
     def zeros(leading=()):
         return jax.tree.map(lambda s: jnp.zeros(leading + s.shape, s.dtype), output_shapes)
 
-    def run_or_skip(active, carried, operands):
+    @custom_vmap
+    def conditional(active, carried, operands):
         return lax.cond(
             active,
-            lambda carried, operands: fn(carried, *operands),
-            lambda carried, operands: (carried, zeros()),
+            lambda carried: fn(carried, *operands),
+            lambda carried: (carried, zeros()),
             carried,
-            operands,
         )
-
-    conditional = custom_vmap(run_or_skip)
 
     @conditional.def_vmap
     def loop_over_active(size, batched, active, carried, operands):
@@ -71,12 +69,13 @@ def update_if(
                 return lax.dynamic_update_index_in_dim(rows, row, entry, axis=0)
 
             # The condition holds for every entry that the loop visits. It stands here because XLA
-            # does not fuse across it: fused into fn, the read of a row would outlive the write of
-            # that row, and all rows would be copied for it.
-            new_carried, output = run_or_skip(
+            # does not fuse across it: fused into fn, the read of a carried row would outlive the
+            # write of that row, and all rows would be copied for it.
+            new_carried, output = lax.cond(
                 active[entry],
+                lambda row: fn(row, *jax.tree.map(read, operands, operands_batched)),
+                lambda row: (jax.tree.map(jnp.zeros_like, row), zeros()),  # never run
                 jax.tree.map(read, carried),
-                jax.tree.map(read, operands, operands_batched),
             )
             return jax.tree.map(write, carried, new_carried), jax.tree.map(write, outputs, output)
 

@@ -65,7 +65,7 @@ def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
         return lax_top_k(x, k)
     bound = lax.top_k(sample, rank)[0].min()
 
-    capacity = min(2 * k + 512, x.size)
+    capacity = min(k + k // 2 + 512, x.size)
     listed, count = _first_set_bits(_pack(jnp.abs(x) >= bound), capacity)
 
     def exact():

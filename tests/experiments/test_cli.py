@@ -106,6 +106,6 @@ def test_a_missing_extra_is_named():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
-    assert "needs the package 'tyro'" in result.stderr
+    assert "need the package 'tyro'" in result.stderr
     assert 'pip install -e ".[experiments]"' in result.stderr
     assert "Traceback" not in result.stderr

@@ -50,7 +50,8 @@ def test_cells_are_means_over_seeds():
 def test_a_target_that_was_not_reached_is_said():
     assert "not reached" in " ".join(row([record("sgd", reached=False)], "SGD"))
     some = [record("sgd", 1), record("sgd", 2, reached=False)]
-    assert "(1 of 2 seeds)" in " ".join(row(some, "SGD"))
+    assert "SGD: 1 of 2 seeds reached the target" in " ".join(text(some).split())
+    assert row(some, "SGD") == "SGD 300 1,000 3.20e+04 6 kB 14 MB 96.12% 1.25".split()
 
 
 def test_it_fits_a_terminal_of_80_columns_without_cutting_words():

@@ -1,0 +1,119 @@
+"""update_if is a per-entry `if`, under every transformation, and runs only what is active."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sasg_jax.control_flow import sum_rows, update_if
+
+
+def _double_and_add(carried, x):
+    return {"a": carried["a"] + x, "n": carried["n"] + 1}, (2 * x, x.sum())
+
+
+def _expected(active, carried, x):
+    """What `_double_and_add` makes of entries that are active, by hand."""
+    where = active[:, None]
+    return (
+        {
+            "a": np.where(where, carried["a"] + x, carried["a"]),
+            "n": carried["n"] + active.astype(np.int32),
+        },
+        (np.where(where, 2 * x, 0), np.where(active, x.sum(1), 0)),
+    )
+
+
+ROWS = 4
+CARRIED = {
+    "a": np.arange(12, dtype=np.float32).reshape(ROWS, 3),
+    "n": np.arange(ROWS, dtype=np.int32),
+}
+X = np.arange(100, 112, dtype=np.float32).reshape(ROWS, 3)
+PATTERNS = ["0000", "1111", "0100", "1011", "0001"]
+
+
+def _flags(pattern):
+    return np.array([c == "1" for c in pattern])
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("active", [False, True])
+def test_one_entry(active, transform):
+    fn = transform(lambda active, c, x: update_if(active, _double_and_add, c, x))
+    carried, x = jax.tree.map(lambda a: a[1], (CARRIED, X))
+    want = jax.tree.map(lambda a: a[0], _expected(np.array([active]), *_one_row(carried, x)))
+    chex.assert_trees_all_equal(fn(jnp.asarray(active), carried, x), want)
+
+
+def _one_row(*trees):
+    return jax.tree.map(lambda a: np.asarray(a)[None], trees)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_under_vmap(pattern):
+    fn = jax.jit(jax.vmap(lambda active, c, x: update_if(active, _double_and_add, c, x)))
+    active = _flags(pattern)
+    chex.assert_trees_all_equal(fn(active, CARRIED, X), _expected(active, CARRIED, X))
+
+
+def test_under_vmap_with_shared_operands():
+    """Operands, carried values and the flag itself may be the same for all entries."""
+    active = _flags("1011")
+    shared = np.array([1.0, 2.0, 3.0], np.float32)
+    everywhere = np.broadcast_to(shared, X.shape)
+    fn = jax.vmap(lambda a, c: update_if(a, _double_and_add, c, shared))
+    chex.assert_trees_all_equal(fn(active, CARRIED), _expected(active, CARRIED, everywhere))
+
+    one = {"a": shared, "n": np.int32(5)}
+    all_the_same = jax.tree.map(lambda a: np.broadcast_to(a, (ROWS, *np.shape(a))), one)
+    fn = jax.vmap(lambda a, x: update_if(a, _double_and_add, one, x))
+    chex.assert_trees_all_equal(fn(active, X), _expected(active, all_the_same, X))
+
+    fn = jax.vmap(lambda c, x: update_if(jnp.asarray(True), _double_and_add, c, x))
+    chex.assert_trees_all_equal(fn(CARRIED, X), _expected(_flags("1111"), CARRIED, X))
+
+
+def test_under_two_vmaps():
+    active = np.stack([_flags("0110"), _flags("1000"), _flags("0000")])
+    scale = np.array([1.0, 2.0, 3.0], np.float32)
+    carried = jax.tree.map(lambda a: np.stack([a, a + 1, a + 2]), CARRIED)
+    x = X[None] * scale[:, None, None]
+    fn = jax.jit(jax.vmap(jax.vmap(lambda a, c, x: update_if(a, _double_and_add, c, x))))
+    got = fn(active, carried, x)
+    for i in range(3):
+        row = jax.tree.map(lambda a: a[i], (active, carried, x))  # noqa: B023
+        chex.assert_trees_all_equal(jax.tree.map(lambda a: a[i], got), _expected(*row))  # noqa: B023
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_runs_only_for_active_entries(pattern):
+    """Under vmap too, where a lax.cond would run for all."""
+    ran = []
+
+    def fn(carried, x):
+        jax.debug.callback(lambda first: ran.append(int(first)), x[0])
+        return carried + x, ()
+
+    active = _flags(pattern)
+    result = jax.jit(jax.vmap(lambda a, c, x: update_if(a, fn, c, x)))(active, CARRIED["a"], X)
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    assert sorted(ran) == [int(first) for first in X[active, 0]]
+
+
+def test_sum_rows_goes_in_order():
+    """16777216 + 1 + 1 is 16777216 in float32, and 1 + 1 + 16777216 is not."""
+    big = np.float32(2**24)
+    rows = jnp.array([[big, 1], [1, 1], [1, big]], jnp.float32)
+    np.testing.assert_array_equal(sum_rows(rows), [2**24, 2**24 + 2])
+    np.testing.assert_array_equal(sum_rows(rows[:1]), rows[0])
+
+
+def test_sum_rows_is_a_left_fold_bit_for_bit():
+    rows = np.random.default_rng(0).normal(size=(19, 5)).astype(np.float32)
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
+    np.testing.assert_array_equal(jax.jit(sum_rows)(rows), total)
