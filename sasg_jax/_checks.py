@@ -1,6 +1,7 @@
 """One wording for every bad argument: its name, its value, and what is allowed."""
 
 import math
+import numbers
 import operator
 from collections.abc import Collection, Hashable
 from typing import Any
@@ -46,7 +47,7 @@ def check_int(name: str, value: Any, *, minimum: int) -> int:
 def check_density(name: str, value: Any) -> float:
     """Returns ``value`` as a float in (0, 1]; raises ValueError otherwise."""
     _reject_traced(name, value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if not is_real(value) or not 0 < value <= 1:
         raise expected(name, value, "in (0, 1]")
     return float(value)
 
@@ -59,14 +60,17 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def check_learning_rate(value: Any) -> Any:
-    """Returns ``value`` if it is a schedule, an array, or a finite number above 0."""
-    if callable(value) or isinstance(value, jax.Array):
+    """Returns ``value`` if it is a schedule, a scalar array, or a finite number above 0."""
+    if callable(value) or (isinstance(value, jax.Array) and value.ndim == 0):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise expected("learning_rate", value, "to be a number above 0 or an optax schedule")
-    if not (math.isfinite(value) and value > 0):
-        raise expected("learning_rate", value, "to be a finite number above 0")
+    if not is_real(value) or not (math.isfinite(value) and value > 0):
+        raise expected("learning_rate", value, "to be a finite number above 0 or an optax schedule")
     return value
+
+
+def is_real(value: Any) -> bool:
+    """Whether ``value`` is a real number of Python or NumPy, and not a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_axis_name(axis_name: Any) -> Hashable:

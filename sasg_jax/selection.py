@@ -92,16 +92,29 @@ METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
 
 def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
     """Indices of the k largest of ``magnitudes`` (>= 0; negative ones are never chosen)."""
-    # Floats that are not negative are ordered as their bit patterns are.
+    # Floats that are not negative are ordered as their bit patterns are. The threshold is built from
+    # its highest bit down, until exactly k entries reach it or, with ties, it is the k-th largest.
     bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
 
-    def set_bit(i, threshold):
-        candidate = threshold | (jnp.int32(1) << (30 - i))
-        return jnp.where((bits >= candidate).sum() >= k, candidate, threshold)
+    def undecided(state):
+        bit, _, count = state
+        return (bit > 0) & (count != k)
 
-    kth_largest = lax.fori_loop(0, 31, set_bit, jnp.int32(0))
-    # Everything above the k-th largest, then what equals it in order of index, until k are full.
-    above, equal = _pack(bits > kth_largest), _pack(bits == kth_largest)
+    def decide_bit(state):
+        bit, threshold, count = state
+        candidate = threshold | bit
+        reached = (bits >= candidate).sum()
+        enough = reached >= k
+        return (
+            bit >> 1,
+            jnp.where(enough, candidate, threshold),
+            jnp.where(enough, reached, count),
+        )
+
+    start = jnp.int32(1 << 30), jnp.int32(0), (bits >= 0).sum()
+    _, threshold, _ = lax.while_loop(undecided, decide_bit, start)
+    # Everything above the threshold, then what equals it in order of index, until k are full.
+    above, equal = _pack(bits > threshold), _pack(bits == threshold)
     indices, _ = _first_set_bits(jnp.concatenate([above, equal]), k)
     return indices % (above.size * _WORD)
 
@@ -109,7 +122,7 @@ def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
 def _pack(mask: jax.Array) -> jax.Array:
     """Packs a boolean vector into words, lowest bit first. ``# shape=(ceil(n / 32),)``"""
     lanes = jnp.pad(mask, (0, -mask.size % _WORD)).reshape(-1, _WORD).astype(jnp.uint32)
-    return (lanes << jnp.arange(_WORD, dtype=jnp.uint32)).sum(1, dtype=jnp.uint32)
+    return (lanes << jnp.arange(_WORD, dtype=jnp.uint32)[None]).sum(1, dtype=jnp.uint32)
 
 
 def _first_set_bits(words: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -21,7 +21,7 @@ class ServerState(NamedTuple):
     """What the server carries from round to round. The same on all workers."""
 
     messages: PyTree  # last message of each worker, leading axis M; () if all upload always
-    history: jax.Array  # of upload_rules.record_step. shape=(D,), dtype=jnp.float32
+    history: PyTree  # of upload_rules.record_step. shape=(D,), dtype=jnp.float32; () likewise
     threshold: jax.Array  # of the last round. shape=(), dtype=jnp.float32
     round: jax.Array  # rounds made, t. shape=(), dtype=jnp.int32
     downlink_residual: PyTree  # r, like params; () for a dense way down
@@ -44,7 +44,7 @@ def init_server(
         messages=jax.tree.map(lambda s: jnp.zeros((num_workers, *s.shape), s.dtype), message)
         if rule.adaptive
         else (),
-        history=jnp.zeros(rule.history, jnp.float32),
+        history=jnp.zeros(rule.history, jnp.float32) if rule.adaptive else (),
         threshold=jnp.zeros((), jnp.float32),
         round=jnp.zeros((), jnp.int32),
         downlink_residual=jax.tree.map(jnp.zeros_like, params) if keep_residual else (),

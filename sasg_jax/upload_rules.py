@@ -18,7 +18,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from sasg_jax._checks import check_int, expected
+from sasg_jax._checks import check_int, expected, is_real
 
 Alpha = float | Sequence[float] | jax.Array
 AlphaFn = Callable[[Any], Any]
@@ -70,7 +70,7 @@ def released_alpha(c: float, num_workers: int) -> AlphaFn:
     >>> released_alpha(0.5, num_workers=10)(0.05)
     100.0
     """
-    if isinstance(c, bool) or not isinstance(c, (int, float)) or not (math.isfinite(c) and c >= 0):
+    if not is_real(c) or not (math.isfinite(c) and c >= 0):
         raise expected("c", c, "to be a finite number of at least 0")
     num_workers = check_int("num_workers", num_workers, minimum=1)
     return lambda learning_rate: c * num_workers / learning_rate
