@@ -6,7 +6,7 @@ looking at most entries only to count them:
 
 1. A strided sample gives a bound below the k-th largest magnitude with high probability.
 2. Entries that reach the bound are marked in a bit mask (one bit an entry) and listed from it.
-3. Bisection over the bits of the listed magnitudes finds the k-th largest exactly.
+3. Bisection over the bits of the listed magnitudes finds the k largest exactly.
 
 When the sample misled (too few or too many entries reach the bound), the reference is used, so the
 result is exact for every input.
@@ -92,8 +92,8 @@ METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
 
 def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
     """Indices of the k largest of ``magnitudes`` (>= 0; negative ones are never chosen)."""
-    # Floats that are not negative are ordered as their bit patterns are. The threshold is built from
-    # its highest bit down, until exactly k entries reach it or, with ties, it is the k-th largest.
+    # Floats that are not negative are ordered as their bit patterns are. The threshold is built
+    # from its highest bit down, until exactly k entries reach it or it is the k-th largest itself.
     bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
 
     def undecided(state):

@@ -114,9 +114,16 @@ def map_workers(
 ) -> Callable[[Run, Any], Run]:
     """``run = step(run, batch)``, jitted: tx.update under a map, with the axes of `state_axes`."""
 
+    def is_masked(x):
+        return isinstance(x, optax.MaskedNode)
+
     def worker_step(params, opt_state, batch):
         def grad_fn(p):
-            return jax.grad(loss)(p, batch)
+            # optax.masked hides some of the stale parameters.
+            filled = jax.tree.map(
+                lambda x, current: current if is_masked(x) else x, p, params, is_leaf=is_masked
+            )
+            return jax.grad(loss)(filled, batch)
 
         updates, opt_state = tx.update(
             grad_fn(params), opt_state, params, grad_fn=grad_fn, **extra_args

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 
 from sasg_jax.control_flow import sum_rows, update_if
@@ -63,15 +64,15 @@ def test_under_vmap_with_shared_operands():
     active = _flags("1011")
     shared = np.array([1.0, 2.0, 3.0], np.float32)
     everywhere = np.broadcast_to(shared, X.shape)
-    fn = jax.vmap(lambda a, c: update_if(a, _double_and_add, c, shared))
+    fn = jax.jit(jax.vmap(lambda a, c: update_if(a, _double_and_add, c, shared)))
     chex.assert_trees_all_equal(fn(active, CARRIED), _expected(active, CARRIED, everywhere))
 
     one = {"a": shared, "n": np.int32(5)}
     all_the_same = jax.tree.map(lambda a: np.broadcast_to(a, (ROWS, *np.shape(a))), one)
-    fn = jax.vmap(lambda a, x: update_if(a, _double_and_add, one, x))
+    fn = jax.jit(jax.vmap(lambda a, x: update_if(a, _double_and_add, one, x)))
     chex.assert_trees_all_equal(fn(active, X), _expected(active, all_the_same, X))
 
-    fn = jax.vmap(lambda c, x: update_if(jnp.asarray(True), _double_and_add, c, x))
+    fn = jax.jit(jax.vmap(lambda c, x: update_if(jnp.asarray(True), _double_and_add, c, x)))
     chex.assert_trees_all_equal(fn(CARRIED, X), _expected(_flags("1111"), CARRIED, X))
 
 
@@ -83,8 +84,8 @@ def test_under_two_vmaps():
     fn = jax.jit(jax.vmap(jax.vmap(lambda a, c, x: update_if(a, _double_and_add, c, x))))
     got = fn(active, carried, x)
     for i in range(3):
-        row = jax.tree.map(lambda a: a[i], (active, carried, x))  # noqa: B023
-        chex.assert_trees_all_equal(jax.tree.map(lambda a: a[i], got), _expected(*row))  # noqa: B023
+        row = problems.at((active, carried, x), i)
+        chex.assert_trees_all_equal(problems.at(got, i), _expected(*row))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
