@@ -50,6 +50,8 @@ def update_if(
     @conditional.def_vmap
     def loop_over_active(size, batched, active, carried, operands):
         active_batched, carried_batched, operands_batched = batched
+        # Inside a traced branch or loop, constants arrive as scalars that are no arrays.
+        operands = jax.tree.map(jnp.asarray, operands)
 
         def stacked(x, is_batched):
             return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))

@@ -1,7 +1,7 @@
 """A ready training step: one per-worker function under vmap, pmap or shard_map."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class TrainStep(NamedTuple):
 
 def make_train_step(
     loss_fn: Callable[..., Any],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | optax.MultiSteps,
     *,
     num_workers: int,
     driver: str = "vmap",
@@ -90,6 +90,9 @@ def make_train_step(
     check_int("num_workers", num_workers, minimum=1)
     check_choice("driver", driver, ("vmap", "pmap", "shard_map"))
     check_axis_name(axis_name)
+    if isinstance(tx, optax.MultiSteps):  # its own gradient_transformation() would drop grad_fn
+        init_fn, update_fn = tx.init, cast(Any, tx.update)
+        tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     tx = optax.with_extra_args_support(tx)
     devices = _check_devices(driver, devices, num_workers)
 

@@ -103,7 +103,7 @@ def start(tx, params, num_workers: int = M) -> Run:
 
 
 def map_workers(
-    tx: optax.GradientTransformation,
+    tx: Any,
     run: Run,
     *,
     driver: str = "vmap",

@@ -1,6 +1,7 @@
 """Bytes and uploads, exact however long the run."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def test_half_precision_parameters():
 @pytest.mark.parametrize("name", ["sasg", "two_way"])
 def test_upload_is_what_the_message_holds(name, size, index_bytes):
     """The server's memory of one worker's message has exactly that many bytes."""
-    state = METHODS[name](0.1, num_workers=M).init(jnp.zeros(size))
+    state: Any = METHODS[name](0.1, num_workers=M).init(jnp.zeros(size))
     memory = sum(x.nbytes for x in jax.tree.leaves(state.server.messages))
     ledger = sasg_jax.Ledger(state)
     ledger.record([True] * M)

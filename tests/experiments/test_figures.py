@@ -1,6 +1,7 @@
 """The figure holds every run's curve."""
 
 import dataclasses
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
@@ -12,7 +13,7 @@ from experiments.records import Point, Record, Store
 @pytest.mark.parametrize("methods", [("sgd",), ("sgd", "sparse", "lasg", "sasg", "sasg_two_way")])
 def test_every_run_is_drawn_in_all_six_panels(tmp_path, monkeypatch, methods):
     store = Store(tmp_path)
-    numbers = {field.name: 1 for field in dataclasses.fields(Record)}
+    numbers: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(Record)}
     for method in methods:
         for seed in (1, 2):
             store.append_record(

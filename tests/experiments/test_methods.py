@@ -1,6 +1,7 @@
 """The methods get the paper's settings from a configuration."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -14,7 +15,7 @@ CIFAR = CONFIGS["cifar10_resnet18"]
 
 def test_learning_rate_falls_tenfold_at_the_decay_rounds():
     config = dataclasses.replace(CIFAR, learning_rate=0.1, decay_iterations=(10, 20))
-    rate = learning_rate(config)
+    rate: Any = learning_rate(config)
     assert [float(rate(t)) for t in (0, 9, 11, 19, 21)] == pytest.approx(
         [0.1, 0.1, 0.01, 0.01, 0.001]
     )
@@ -36,7 +37,7 @@ def test_learning_rate_without_decay_is_the_number():
     ],
 )
 def test_methods_send_what_they_say(method, adaptive, upload_bytes, downlink_bytes):
-    state = make_optimizer(CONFIGS["mnist_fc"], method).init({"w": jnp.zeros(1000)})
+    state: Any = make_optimizer(CONFIGS["mnist_fc"], method).init({"w": jnp.zeros(1000)})
     assert state.wire == sasg_jax.WireSizes(
         num_workers=10,
         upload_bytes=upload_bytes,
@@ -44,7 +45,7 @@ def test_methods_send_what_they_say(method, adaptive, upload_bytes, downlink_byt
         flag_bytes=int(adaptive),
         downlink_bytes=downlink_bytes,
     )
-    assert jnp.shape(state.server.history) == ((10,) if adaptive else (0,))
+    assert len(state.server.history) == (10 if adaptive else 0)
 
 
 def test_every_method_of_every_configuration_is_made():

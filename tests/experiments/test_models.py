@@ -1,5 +1,7 @@
 """The models have the paper's sizes and PyTorch's initial scale."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def test_number_of_parameters_is_the_papers(model, shape, parameters):
 
 
 def test_dense_layers_start_uniform_within_one_over_the_root_of_fan_in():
-    params = MLP(10).init(jax.random.key(0), jnp.zeros((1, 784)), train=True)["params"]
+    params: Any = MLP(10).init(jax.random.key(0), jnp.zeros((1, 784)), train=True)["params"]
     for layer, fan_in in (("Dense_0", 784), ("Dense_1", 512)):
         bound = 1 / np.sqrt(fan_in)
         kernel = np.asarray(params[layer]["kernel"])
