@@ -28,6 +28,7 @@ Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
 
 import optax
 
+from sasg_jax._checks import check_learning_rate
 from sasg_jax.compressors import Compressor, identity, top_k
 from sasg_jax.transform import make_transform
 from sasg_jax.upload_rules import Alpha, AlphaFn, always, innovation, released_alpha
@@ -45,7 +46,7 @@ def sgd(
     return make_transform(
         identity(),
         always(),
-        learning_rate=learning_rate,
+        learning_rate=check_learning_rate(learning_rate),
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
@@ -66,7 +67,7 @@ def sparse_sgd(
     return make_transform(
         top_k(density),
         always(),
-        learning_rate=learning_rate,
+        learning_rate=check_learning_rate(learning_rate),
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
@@ -93,7 +94,7 @@ def lasg(
     return make_transform(
         identity(),
         innovation(alpha, max_staleness=max_staleness, history=history),
-        learning_rate=learning_rate,
+        learning_rate=check_learning_rate(learning_rate),
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
@@ -128,7 +129,7 @@ def sasg(
     return make_transform(
         top_k(density),
         innovation(alpha, max_staleness=max_staleness, history=history),
-        learning_rate=learning_rate,
+        learning_rate=check_learning_rate(learning_rate),
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,

@@ -21,7 +21,6 @@ from sasg_jax._checks import (
     check_axis_name,
     check_choice,
     check_int,
-    check_learning_rate,
     check_like,
     check_mapped_axis,
     check_params,
@@ -136,8 +135,9 @@ def make_transform(
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind :func:`aggregate` and :mod:`sasg_jax.algorithms`.
 
-    With a learning rate γ it is a complete optimiser: workers compress γ g + e and the update is
-    the negative step. Without, they compress g + e and the update is the mean itself.
+    With a learning rate γ (checked by the caller) it is a complete optimiser: workers compress
+    γ g + e and the update is the negative step. Without, they compress g + e and the update is the
+    mean itself.
     """
     num_workers = check_int("num_workers", num_workers, minimum=1)
     check_choice("exchange", exchange, exchange_lib.EXCHANGES)
@@ -152,9 +152,7 @@ def make_transform(
     if exchange == "psum" and (rule.adaptive or not compressor.lossless):
         raise expected("exchange", exchange, "only for identity compression with always uploading")
     complete = learning_rate is not None
-    if complete:
-        check_learning_rate(learning_rate)
-    elif rule.adaptive and callable(rule.alpha):
+    if not complete and rule.adaptive and callable(rule.alpha):
         upload_rules.weights(rule, None)  # raises: alpha needs a learning rate
 
     def init(params: PyTree) -> Any:
@@ -301,15 +299,21 @@ def _stale_grads(stale_params, params, grad_fn, stale_grads):
                 "randomness, or that gradient at the stale parameters as stale_grads=..."
             )
         stale_grads = grad_fn(stale_params)
-    # Under optax.masked, params hold a MaskedNode where grad_fn gives a gradient.
-    stale_grads = jax.tree.map(
-        lambda p, g: p if isinstance(p, optax.MaskedNode) else g,
-        params,
-        stale_grads,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
+    if _find_masked(params) and not _find_masked(stale_grads):
+        # optax.masked hides leaves of params that grad_fn gives a gradient for.
+        stale_grads = jax.tree.map(
+            lambda p, g: p if _is_masked(p) else g, params, stale_grads, is_leaf=_is_masked
+        )
     check_like("stale_grads", stale_grads, params)
     return stale_grads
+
+
+def _is_masked(node: PyTree) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _find_masked(tree: PyTree) -> bool:
+    return any(map(_is_masked, jax.tree.leaves(tree, is_leaf=_is_masked)))
 
 
 def _check_not_summed(grads: PyTree, axis_name: str) -> None:
@@ -320,7 +324,7 @@ def _check_not_summed(grads: PyTree, axis_name: str) -> None:
     """
 
     def varies(x):
-        return axis_name in getattr(jax.typeof(x), "vma", ())
+        return axis_name in jax.typeof(x).manual_axis_type.varying
 
     if varies(jax.lax.axis_index(axis_name)) and not all(map(varies, jax.tree.leaves(grads))):
         raise ValueError(

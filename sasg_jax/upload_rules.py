@@ -134,9 +134,11 @@ def _check_alpha(alpha: Any, history: int) -> None:
         return
     allowed = "to be a number, a sequence of numbers, or a function of the learning rate"
     try:
-        values = np.asarray(alpha, np.float64)
-    except (TypeError, ValueError):
+        values = np.asarray(alpha)
+    except ValueError:  # a ragged sequence
         raise expected("alpha", alpha, allowed) from None
+    if values.dtype.kind not in "iuf":
+        raise expected("alpha", alpha, allowed)
     _check_alpha_shape(alpha, values.shape, history)
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise expected("alpha", alpha, "to be finite and at least 0")
