@@ -43,6 +43,8 @@ class Config:
     concentration: float = 0.5
     """Of the Dirichlet distribution; smaller is more skewed."""
     evaluate_every: int = 100
+    rounds_per_call: int = 100
+    """Rounds in one call of compiled code, which allocates its memory anew each time."""
 
 
 _MNIST_FC = Config(
@@ -68,6 +70,7 @@ _CIFAR10_RESNET18 = Config(
     alpha_c={"lasg": 1.0, "sasg": 1.0},
     decay_iterations=(10_000,),
     augment=True,
+    rounds_per_call=10,
 )
 
 CONFIGS: dict[str, Config] = {

@@ -18,9 +18,6 @@ from experiments.methods import make_optimizer
 from experiments.models import make_model
 from experiments.records import Point, Record
 
-_ROUNDS_PER_CALL = 20  # of one compiled scan: short enough for a progress bar to move
-
-
 def partition(
     config: Config, dataset: data.Dataset, source: np.ndarray | None, seed: int
 ) -> list[np.ndarray]:
@@ -130,7 +127,7 @@ def train(
     iteration = 0
     while iteration < config.iterations:
         to_evaluation = config.evaluate_every - iteration % config.evaluate_every
-        rounds = min(_ROUNDS_PER_CALL, to_evaluation, config.iterations - iteration)
+        rounds = min(config.rounds_per_call, to_evaluation, config.iterations - iteration)
         order = data.batch_order(shards, config.batch_size, rounds, seed, start=iteration)
         arguments = (state, train_images, train_labels, order)
         if rounds not in compiled:
