@@ -1,8 +1,8 @@
 r"""Exact selection of the k entries of largest magnitude of one vector.
 
-:func:`lax_top_k` is the reference and what accelerators use. On the CPU, :func:`lax.top_k` costs
-about 10 ns an entry; :func:`pruned_top_k` gives the same set of indices several times faster by
-looking at most entries only to count them:
+:func:`lax_top_k` is the reference and what accelerators use. On the CPU, where :func:`lax.top_k` is
+the slowest part of a round, :func:`pruned_top_k` gives the same set of indices and looks at most
+entries only to count them:
 
 1. A strided sample gives a bound below the k-th largest magnitude with high probability.
 2. Entries that reach the bound are marked in a bit mask (one bit an entry) and listed from it.
