@@ -18,6 +18,7 @@ from experiments.methods import make_optimizer
 from experiments.models import make_model
 from experiments.records import Point, Record
 
+
 def partition(
     config: Config, dataset: data.Dataset, source: np.ndarray | None, seed: int
 ) -> list[np.ndarray]:
