@@ -12,13 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from sasg_jax.compressors import Compressor
+from sasg_jax.shards import one_shard
 from sasg_jax.upload_rules import UploadRule
 
 PyTree = Any
 
 
 class ServerState(NamedTuple):
-    """What the server carries from round to round. The same on all workers."""
+    """What the server carries from round to round.
+
+    The same on all workers. But ``messages`` and ``downlink_residual`` are where the exchange has
+    the server: with ``"sharded"`` each worker has those of its own shard, and with ``"server"``
+    only those of worker 0 are kept up.
+    """
 
     messages: PyTree  # last message of each worker, leading axis M; () if all upload always
     history: PyTree  # of upload_rules.record_step. shape=(D,), dtype=jnp.float32; () likewise
@@ -31,15 +37,19 @@ class ServerState(NamedTuple):
 def init_server(
     compressor: Compressor,
     rule: UploadRule,
-    downlink: Compressor | None,
+    downlink: Compressor,
     params: PyTree,
     *,
     num_workers: int,
+    num_shards: int = 1,
     keep_params: bool,
 ) -> ServerState:
-    """The state before the first round: empty messages and no steps."""
-    message = jax.eval_shape(lambda tree: compressor.compress(tree)[0], params)
-    keep_residual = downlink is not None and not downlink.lossless
+    """The state before the first round: empty messages and no steps.
+
+    With ``num_shards`` it is that of the server of one of the shards of ``params``.
+    """
+    served = params if num_shards == 1 else one_shard(params, num_shards)
+    message = jax.eval_shape(lambda tree: compressor.compress(tree)[0], served)
     return ServerState(
         messages=jax.tree.map(lambda s: jnp.zeros((num_workers, *s.shape), s.dtype), message)
         if rule.adaptive
@@ -47,7 +57,9 @@ def init_server(
         history=jnp.zeros(rule.history, jnp.float32) if rule.adaptive else (),
         threshold=jnp.zeros((), jnp.float32),
         round=jnp.zeros((), jnp.int32),
-        downlink_residual=jax.tree.map(jnp.zeros_like, params) if keep_residual else (),
+        downlink_residual=()
+        if downlink.lossless
+        else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), served),
         previous_params=jax.tree.map(jnp.copy, params) if keep_params else (),
     )
 
@@ -68,15 +80,44 @@ def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> Py
     return jax.tree.map(replace, messages, fresh)
 
 
-def compress_step(
-    downlink: Compressor | None, step: PyTree, residual: PyTree
-) -> tuple[PyTree, PyTree]:
-    """The step that every worker takes after the way down, and the server's new residual.
+def server_round(
+    compressor: Compressor,
+    downlink: Compressor,
+    like: PyTree,
+    memory: tuple[PyTree, PyTree],
+    fresh: PyTree,
+    uploaded: jax.Array | None,
+) -> tuple[tuple[PyTree, PyTree], PyTree]:
+    """The server's half of a round, wherever the exchange runs it.
+
+    Args:
+      compressor: C, of the workers.
+      downlink: C', of the way down.
+      like: shapes and dtypes of what the messages decode to.
+      memory: the last messages, leading axis M, or () where all upload always; and the residual of
+        the way down.
+      fresh: this round's messages, leading axis M.
+      uploaded: which of them count; None for all. ``# shape=(M,), dtype=bool``
+
+    Returns:
+      The new memory, and the message that every worker decodes to the step.
+    """
+    messages, residual = memory
+    if uploaded is not None:
+        fresh = messages = replace_messages(messages, fresh, uploaded)
+    num_workers = jax.tree.leaves(fresh)[0].shape[0]
+    total = compressor.decompress_sum(fresh, like)
+    step = jax.tree.map(lambda x: x / num_workers, total)
+    down, residual = compress_step(downlink, step, residual)
+    return (messages, residual), down
+
+
+def compress_step(downlink: Compressor, step: PyTree, residual: PyTree) -> tuple[PyTree, PyTree]:
+    """The message of the way down, and the server's new residual.
 
     Guarantees:
-      - Conservation: returned step + new residual = step + old residual, bit for bit.
+      - Conservation: decoded message + new residual = step + old residual, bit for bit.
     """
-    if downlink is None or downlink.lossless:
-        return step, residual
-    message, residual = downlink.compress(jax.tree.map(jnp.add, step, residual))
-    return downlink.decompress(message, step), residual
+    if downlink.lossless:
+        return downlink.compress(step)[0], residual
+    return downlink.compress(jax.tree.map(jnp.add, step, residual))

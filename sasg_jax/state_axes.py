@@ -4,7 +4,7 @@ Under a map over workers every part of an optimiser state that differs between w
 over them. These helpers find those parts in any optax state that contains ours:
 
 - ours are the residual, stale parameters and counters of :class:`sasg_jax.WorkerState`; the
-  server's state is the same everywhere;
+  server's state is the same everywhere, but for what the ``"sharded"`` exchange keeps of a shard;
 - in ``optax.chain``, what stands before ours sees each worker's own gradients and belongs to the
   worker; what stands after ours sees the same updates everywhere;
 - ``optax.MultiSteps`` accumulates each worker's own gradients;
@@ -78,6 +78,8 @@ def stack_workers(opt_state: PyTree, num_workers: int) -> PyTree:
 def _mark(node: PyTree) -> PyTree:
     if isinstance(node, WorkerState):
         return _fill(node, True)
+    if isinstance(node, AggregateState) and node.wire.exchange == "sharded":
+        return _mark_children(node)._replace(server=_mark_shards(node.server))
     if isinstance(node, ServerState) or not _contains_ours(node):
         return _fill(node, False)
     if isinstance(node, optax.MultiStepsState):
@@ -94,6 +96,14 @@ def _mark(node: PyTree) -> PyTree:
         before = tuple(_fill(child, True) for child in node[:ours])
         return before + tuple(_mark(child) for child in node[ours:])
     return _mark_children(node)
+
+
+def _mark_shards(server: ServerState) -> PyTree:
+    """Each worker is the server of one shard, and only it has what is kept of that shard."""
+    return _fill(server, False)._replace(
+        messages=_fill(server.messages, True),
+        downlink_residual=_fill(server.downlink_residual, True),
+    )
 
 
 def _mark_children(node: PyTree) -> PyTree:

@@ -33,7 +33,7 @@ class RoundInfo(NamedTuple):
     uploaded: jax.Array  # shape=(M,), dtype=jnp.bool_
     finite: jax.Array  # whether the gradient was. shape=(M,), dtype=jnp.bool_
     staleness: jax.Array  # after the round, 1 = just uploaded. shape=(M,), dtype=jnp.int32
-    innovation: jax.Array  # ‖g - g'‖². shape=(M,), dtype=jnp.float32
+    innovation: jax.Array  # ‖g - g'‖², 0 in a forced round. shape=(M,), dtype=jnp.float32
     threshold: jax.Array  # right-hand side of (6). shape=(), dtype=jnp.float32
     aux: PyTree  # of loss_fn, leading axis M; () if there is none
 

@@ -7,6 +7,7 @@ rate inside the compressor, as the paper has it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from sasg_jax._checks import (
 )
 from sasg_jax.compressors import Compressor, identity, top_k
 from sasg_jax.server import ServerState
+from sasg_jax.shards import one_shard, per_shard
 from sasg_jax.upload_rules import UploadRule
 from sasg_jax.worker import WorkerState, init_worker, squared_distance, squared_norm, worker_round
 
@@ -51,7 +53,9 @@ class WireSizes:
     flag_bytes: int
     """What one worker sends in every round to say whether it uploads."""
     downlink_bytes: int
-    """What the server sends one worker in every round."""
+    """What the server sends one worker in every round; 0 where it forwards uploads."""
+    exchange: str
+    """How messages travel, one of :data:`sasg_jax.exchange.EXCHANGES`."""
 
 
 class AggregateState(NamedTuple):
@@ -72,7 +76,7 @@ class Diagnostics(NamedTuple):
     uploaded: jax.Array  # per worker. dtype=jnp.bool_
     finite: jax.Array  # whether the gradient was; per worker. dtype=jnp.bool_
     staleness: jax.Array  # after the round, 1 = just uploaded; per worker. dtype=jnp.int32
-    innovation: jax.Array  # ‖g - g'‖², 0 where all upload always; per worker. dtype=jnp.float32
+    innovation: jax.Array  # ‖g - g'‖², 0 in a forced round; per worker. dtype=jnp.float32
     threshold: jax.Array  # right-hand side of (6). shape=(), dtype=jnp.float32
 
 
@@ -99,7 +103,8 @@ def aggregate(
       upload_rule: when it sends; :func:`sasg_jax.always` by default.
       num_workers: M, the size of the axis ``axis_name``.
       downlink: compressor of the way down, e.g. ``top_k(0.01)``; None sends it dense.
-      exchange: ``"gather"``, or ``"psum"`` for identity with always.
+      exchange: how messages travel, see :mod:`sasg_jax.exchange`: ``"gather"``, ``"lazy"``,
+        ``"server"``, ``"relay"`` or ``"sharded"``; ``"psum"`` for identity with always.
       axis_name: name of the mapped axis over workers.
 
     Returns:
@@ -151,30 +156,41 @@ def make_transform(
             raise expected(name, value, f"to be made by sasg_jax.{_MAKERS[name]}")
     if exchange == "psum" and (rule.adaptive or not compressor.lossless):
         raise expected("exchange", exchange, "only for identity compression with always uploading")
+    if exchange == "relay" and downlink is not None:
+        raise expected("downlink", downlink, "to be None for exchange='relay', which sends no step")
+    down = identity() if downlink is None else downlink
+    # With one server the worker compresses for it, and decodes from it, the whole tree.
+    num_shards = num_workers if exchange == "sharded" else 1
+    up_link, down_link = (
+        (compressor, down)
+        if num_shards == 1
+        else (per_shard(compressor, num_shards), per_shard(down, num_shards))
+    )
     complete = learning_rate is not None
     if not complete and rule.adaptive and callable(rule.alpha):
         upload_rules.weights(rule, None)  # raises: alpha needs a learning rate
 
     def init(params: PyTree) -> Any:
         check_params(params)
-        up = compressor.message_size(params)
-        down = (downlink or identity()).message_size(params)
+        up_size, down_size = up_link.message_size(params), down_link.message_size(params)
         return AggregateState(
             worker=init_worker(compressor, rule, params),
             server=server_lib.init_server(
                 compressor,
                 rule,
-                downlink,
+                down,
                 params,
                 num_workers=num_workers,
+                num_shards=num_shards,
                 keep_params=rule.adaptive and not complete,
             ),
             wire=WireSizes(
                 num_workers=num_workers,
-                upload_bytes=up.bytes,
-                upload_paper_bits=up.paper_bits,
+                upload_bytes=up_size.bytes,
+                upload_paper_bits=up_size.paper_bits,
                 flag_bytes=int(rule.adaptive),
-                downlink_bytes=down.bytes,
+                downlink_bytes=0 if exchange == "relay" else down_size.bytes,
+                exchange=exchange,
             ),
         )
 
@@ -210,7 +226,7 @@ def make_transform(
             threshold, history = upload_rules.take_threshold(history)
 
         worker, message = worker_round(
-            compressor,
+            up_link,
             rule,
             state.worker,
             grads,
@@ -221,27 +237,36 @@ def make_transform(
             round=server.round,
         )
 
-        messages = server.messages
+        memory = server.messages, server.downlink_residual
         if exchange == "psum":
             total = exchange_lib.psum(message, axis_name)
+            step = jax.tree.map(lambda x: x / num_workers, total)
+            sent, residual = server_lib.compress_step(down, step, server.downlink_residual)
+            memory = (), residual
         else:
-            fresh, uploaded = exchange_lib.gather(message, worker.uploaded, axis_name)
-            if rule.adaptive:
-                fresh = messages = server_lib.replace_messages(messages, fresh, uploaded)
-            total = compressor.decompress_sum(fresh, params)
-        step = jax.tree.map(lambda x: x / num_workers, total)
-        step, downlink_residual = server_lib.compress_step(downlink, step, server.downlink_residual)
+            served = exchange_lib.SERVED[exchange]
+            flags = exchange_lib.gather_flags(worker.uploaded, axis_name) if rule.adaptive else None
+            rows = served.collect(message, flags, axis_name)
+            like = (
+                jax.eval_shape(lambda: params) if num_shards == 1 else one_shard(params, num_shards)
+            )
+            serve = functools.partial(server_lib.server_round, compressor, down, like)
+            memory, sent = served.serve(serve, axis_name, memory, rows, flags)
+            sent = served.spread(sent, axis_name)
+        # What is sent without loss and in one piece is the step itself.
+        whole = down.lossless and num_shards == 1
+        step = sent if whole else down_link.decompress(sent, params)
 
         if rule.adaptive and complete:
             step_weights = upload_rules.weights(rule, gamma)
             moved = squared_norm(step)
             history = upload_rules.record_step(history, step_weights, moved, num_workers)
         new_server = ServerState(
-            messages=messages,
+            messages=memory[0],
             history=history,
             threshold=threshold,
             round=jnp.asarray(optax.safe_increment(server.round)),
-            downlink_residual=downlink_residual,
+            downlink_residual=memory[1],
             previous_params=params if rule.adaptive and not complete else (),
         )
         new_updates = jax.tree.map(jnp.negative, step) if complete else step

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from sasg_jax.compressors import Compressor
 from sasg_jax.control_flow import update_if
@@ -28,7 +29,7 @@ class WorkerState(NamedTuple):
     staleness: jax.Array  # rounds since the last upload, τ = t - s. shape=(), dtype=jnp.int32
     uploaded: jax.Array  # in the last round. shape=(), dtype=jnp.bool_
     finite: jax.Array  # whether the last gradient was. shape=(), dtype=jnp.bool_
-    innovation: jax.Array  # ‖g - g'‖² of the last round. shape=(), dtype=jnp.float32
+    innovation: jax.Array  # ‖g - g'‖², 0 in a forced round. shape=(), dtype=jnp.float32
 
 
 def init_worker(compressor: Compressor, rule: UploadRule, params: PyTree) -> WorkerState:
@@ -63,7 +64,8 @@ def worker_round(
       state: the worker's state.
       grads: g, its gradient at ``params``. Like ``params``.
       params: w_t.
-      stale_grads_fn: gives g' at the stale parameters; called only for an adaptive rule.
+      stale_grads_fn: gives g' at the stale parameters; called only for an adaptive rule, and on a
+        device of its own run only in rounds in which the upload is not forced anyway.
       learning_rate: γ. ``# shape=()``
       threshold: right-hand side of (6). ``# shape=(), dtype=float32``
       round: t. ``# shape=(), dtype=int32``
@@ -78,15 +80,19 @@ def worker_round(
         reaches the cap.
     """
     if rule.adaptive:
-        innovation = squared_distance(grads, stale_grads_fn(state.stale_params))
+        forced = must_upload(rule, state.staleness, round)
+        innovation = lax.cond(
+            forced,
+            lambda: jnp.zeros((), jnp.float32),
+            lambda: squared_distance(grads, stale_grads_fn(state.stale_params)),
+        )
         # A finite sum of squares of g - g' vouches for g. Otherwise g itself is looked at.
         _, not_finite = update_if(
-            ~jnp.isfinite(innovation), lambda _, g: ((), ~_all_finite(g)), (), grads
+            forced | ~jnp.isfinite(innovation), lambda _, g: ((), ~_all_finite(g)), (), grads
         )
         finite = ~not_finite
         # Written so that an innovation that is not a number uploads.
-        changed = ~(innovation <= threshold)
-        uploaded = finite & (must_upload(rule, state.staleness, round) | changed)
+        uploaded = finite & (forced | ~(innovation <= threshold))
     else:
         innovation = state.innovation
         finite = _all_finite(grads)

@@ -31,8 +31,8 @@ class Trace:
     """What happened in a run of T rounds with M workers.
 
     Without an upload rule (``alpha=None``) ``innovation`` and ``threshold`` are zero; so is the
-    innovation of a gradient that is not finite. Before its first upload a worker counts as beyond
-    the staleness cap (``staleness`` is max_staleness + t), and its innovation is taken from w_0.
+    innovation where a worker must upload anyway or its gradient is not finite. Before its first
+    upload a worker counts as beyond the staleness cap (``staleness`` is max_staleness + t).
     """
 
     params: Tree  # after the last round
@@ -91,7 +91,8 @@ def train(
       max_staleness: a worker this stale uploads.
       history: D, the steps that the threshold looks back on and the rounds that all upload in.
       downlink_density: kept fraction of the server's step, tensor by tensor; None sends it whole.
-      scope: k entries of each "tensor" of an upload, or of the whole "tree".
+      scope: k entries of each "tensor" of an upload, of the whole "tree", or of each of the M
+        "shards" of every tensor (both ways).
     """
     M, D = num_workers, history
     workers = [
@@ -113,18 +114,21 @@ def train(
             staleness[t, m] = t - worker.last_upload
             if not is_finite(g):
                 continue  # silent, and as stale as ever
-            if alpha is not None:
+            may_skip = alpha is not None and t >= D and staleness[t, m] < max_staleness
+            if may_skip:
                 innovation[t, m] = squared_norm(subtract(g, grad(m, t, worker.stale_params)))
-                may_skip = t >= D and staleness[t, m] < max_staleness
-                if may_skip and stays_silent(innovation[t, m], threshold[t]):
+                if stays_silent(innovation[t, m], threshold[t]):
                     continue
             uploaded[t, m] = True
-            worker.message, worker.residual = upload(g, gamma, worker.residual, density, scope)
+            worker.message, worker.residual = upload(g, gamma, worker.residual, density, scope, M)
             worker.stale_params = params
             worker.last_upload = t
 
         step, downlink_residual = server_step(
-            [worker.message for worker in workers], downlink_residual, downlink_density
+            [worker.message for worker in workers],
+            downlink_residual,
+            downlink_density,
+            "tensor" if scope == "tree" else scope,
         )
         params = subtract(params, step)
         params_history.append(params)
@@ -161,16 +165,21 @@ def step_weights(
 
 
 def upload(
-    g: Tree, gamma: np.float32, residual: Tree, density: float | None, scope: str
+    g: Tree,
+    gamma: np.float32,
+    residual: Tree,
+    density: float | None,
+    scope: str,
+    num_workers: int,
 ) -> tuple[Message, Tree]:
     """Returns the message C(p), where p = gamma g + e, and the new residual p - C(p)."""
     p = {name: gamma * g[name] + residual[name] for name in g}
-    message = compress(p, density, scope)
+    message = compress(p, density, scope, num_workers)
     return message, subtract(p, decode(message, p))
 
 
 def server_step(
-    messages: list[Message], residual: Tree, downlink_density: float | None
+    messages: list[Message], residual: Tree, downlink_density: float | None, scope: str
 ) -> tuple[Tree, Tree]:
     """Returns the step (what w loses) and the downlink residual.
 
@@ -182,18 +191,25 @@ def server_step(
         total = add(total, decode(message, total))
     mean = {name: x / np.float32(len(messages)) for name, x in total.items()}
     wanted = add(mean, residual)
-    sent = decode(compress(wanted, downlink_density), wanted)
+    sent = decode(compress(wanted, downlink_density, scope, len(messages)), wanted)
     return sent, subtract(wanted, sent)
 
 
 # Compression --------------------------------------------------------------------------------------
 
 
-def compress(tree: Tree, density: float | None, scope: str = "tensor") -> Message:
+def compress(
+    tree: Tree, density: float | None, scope: str = "tensor", num_shards: int = 1
+) -> Message:
     """Keeps the entries of largest magnitude; ``density=None`` keeps the tree as it is."""
     if density is None:
         return Message(values=tree, indices=None)
-    indices = {"tensor": top_k_of_each, "tree": top_k_of_all}[scope](tree, density)
+    if scope == "shards":
+        indices = {
+            name: top_k_of_shards(x.ravel(), density, num_shards) for name, x in tree.items()
+        }
+    else:
+        indices = {"tensor": top_k_of_each, "tree": top_k_of_all}[scope](tree, density)
     return Message(
         values={name: tree[name].ravel()[indices[name]] for name in tree}, indices=indices
     )
@@ -223,6 +239,19 @@ def top_k_of_all(tree: Tree, density: float) -> Tree:
         indices[name] = kept[(start <= kept) & (kept < end)] - start
         start = end
     return indices
+
+
+def top_k_of_shards(x: np.ndarray, density: float, num_shards: int) -> np.ndarray:
+    """The top k of each of equal shards of x, the last ones filled up with zeros."""
+    size = math.ceil(x.size / num_shards)
+    filled = np.zeros(num_shards * size, x.dtype)
+    filled[: x.size] = x
+    kept = [
+        start + top_k(filled[start : start + size], density)
+        for start in range(0, filled.size, size)
+    ]
+    kept = np.concatenate(kept)
+    return kept[kept < x.size]
 
 
 def top_k(x: np.ndarray, density: float) -> np.ndarray:

@@ -1,0 +1,61 @@
+"""Trees cut into equal shards, one for each worker that serves it.
+
+Every tensor of n entries is cut into M shards of ceil(n/M) entries each, the last ones padded with
+zeros, so that shards of one tensor have one shape.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sasg_jax.compressors import Compressor, MessageSize
+
+PyTree = Any
+
+
+def cut(tree: PyTree, num_shards: int) -> PyTree:
+    """Cuts every leaf of n entries into rows. ``# shape=(num_shards, ceil(n / num_shards))``"""
+
+    def rows(x):
+        x = x.reshape(-1)
+        return jnp.pad(x, (0, -x.size % num_shards)).reshape(num_shards, -1)
+
+    return jax.tree.map(rows, tree)
+
+
+def join(shards: PyTree, like: PyTree) -> PyTree:
+    """The inverse of :func:`cut`: leaves with the shapes of ``like``."""
+    return jax.tree.map(
+        lambda rows, leaf: rows.reshape(-1)[: leaf.size].reshape(leaf.shape), shards, like
+    )
+
+
+def one_shard(tree: PyTree, num_shards: int) -> PyTree:
+    """Shapes and dtypes of one shard of ``tree``."""
+    shards = jax.eval_shape(lambda tree: cut(tree, num_shards), tree)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shards)
+
+
+def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
+    """Compresses every shard by itself: each message has a leading axis over shards.
+
+    Selection within a shard differs from selection within a tensor: every shard sends its k/M
+    largest entries (at least one), also where another shard has larger ones.
+    """
+
+    def compress(tree):
+        message, remainder = lax.map(compressor.compress, cut(tree, num_shards))
+        return message, join(remainder, tree)
+
+    def decompress_sum(messages, like):
+        shard = one_shard(like, num_shards)
+        by_shard = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), messages)
+        return join(lax.map(lambda rows: compressor.decompress_sum(rows, shard), by_shard), like)
+
+    def message_size(tree):
+        one = compressor.message_size(one_shard(tree, num_shards))
+        return MessageSize(num_shards * one.bytes, num_shards * one.paper_bits)
+
+    return Compressor(compress, decompress_sum, message_size, compressor.lossless)
