@@ -366,10 +366,8 @@ def _collect_shards(message, flags, axis_name):
         return lax.all_to_all(words, axis_name, split_axis=0, concat_axis=0)
 
     words = jax.vmap(_pack)(message)
-    if flags is None:
-        rows = send(words)
-    else:
-        rows = lax.cond(flags.any(), send, jnp.zeros_like, words)
+    any_upload = True if flags is None else flags.any()
+    rows = lax.cond(any_upload, send, jnp.zeros_like, words)
     return jax.vmap(lambda row: _unpack(row, shapes))(rows)
 
 

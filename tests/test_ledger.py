@@ -95,14 +95,20 @@ def test_equals_the_sum_over_a_run():
 def test_exact_past_two_to_the_53():
     """Floats stop at 2**53 and int64 at 2**63."""
     saved = _ledger().to_dict()
-    saved |= {"rounds": 2**61 + 1, "uploads": 2**63 + 1}
+    saved |= {
+        "rounds_by_uploads": [1, 2**60, 0, 0, 2**60],
+        "uploads_by_worker": [2**61] * 3 + [2**62],
+    }
     ledger = sasg_jax.Ledger.from_dict(json.loads(json.dumps(saved)))
     ledger.record(np.array([True, False, False, False]))
-    assert ledger.rounds == 2**61 + 2
-    assert ledger.uploads == 2**63 + 2
-    assert ledger.uplink_bytes == (2**63 + 2) * SPARSE_BYTES + (2**61 + 2) * M
-    assert ledger.downlink_bytes == (2**61 + 2) * M * DENSE
-    assert ledger.paper_uplink_bits == (2**63 + 2) * 96
+    rounds, uploads = 2**61 + 2, 5 * 2**61 + 1
+    assert ledger.rounds == rounds
+    assert ledger.uploads == uploads
+    assert ledger.uplink_bytes == uploads * SPARSE_BYTES + rounds * M
+    assert ledger.downlink_bytes == rounds * M * DENSE
+    assert ledger.paper_uplink_bits == uploads * 96
+    # All but the round without an upload gather the 16 bytes that 15 are packed into.
+    assert ledger.sent_bytes == ((rounds - 1) * 3 * 16 + rounds * 3,) * M
     assert json.loads(json.dumps(ledger.to_dict())) == ledger.to_dict()
 
 
@@ -156,7 +162,9 @@ def test_state_without_ours():
         sasg_jax.Ledger(optax.adam(0.1).init(jnp.zeros(3)))
 
 
-@pytest.mark.parametrize("key", ["wire", "rounds", "uploads", "model_state_bytes"])
+@pytest.mark.parametrize(
+    "key", ["wire", "uploads_by_worker", "rounds_by_uploads", "model_state_bytes"]
+)
 def test_saved_ledger_with_a_missing_count(key):
     saved = _ledger().to_dict()
     del saved[key]
@@ -166,6 +174,56 @@ def test_saved_ledger_with_a_missing_count(key):
 
 @pytest.mark.parametrize("value", [-1, 1.5, None, "3", True])
 def test_saved_ledger_with_a_bad_count(value):
-    saved = _ledger().to_dict() | {"uploads": value}
-    with pytest.raises(ValueError, match=rf"^Expected uploads={value!r} to be an integer of at le"):
+    saved = _ledger().to_dict() | {"uploads_by_worker": [0, 0, value, 0]}
+    with pytest.raises(
+        ValueError, match=rf"^Expected uploads_by_worker\[2\]={value!r} to be an integer of at le"
+    ):
         sasg_jax.Ledger.from_dict(saved)
+
+
+def test_saved_ledger_of_another_number_of_workers():
+    saved = _ledger().to_dict() | {"rounds_by_uploads": [0] * M}
+    with pytest.raises(ValueError, match=r"^Expected rounds_by_uploads=\[0, 0, 0, 0\] to have 5 "):
+        sasg_jax.Ledger.from_dict(saved)
+
+
+# What the workers' links carry --------------------------------------------------------------------
+
+
+def test_links_by_hand():
+    """Rounds with uploads of workers 0 and 2, of worker 1, and of nobody; 15 bytes packed in 16."""
+    flags = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+
+    def links(name="sasg", **kwargs):
+        ledger = _ledger(name, **kwargs)
+        ledger.record(flags)
+        flag_bytes = 3 * 3
+        return [
+            [moved - flag_bytes for moved in side]
+            for side in (ledger.sent_bytes, ledger.received_bytes)
+        ]
+
+    step = 3 * DENSE
+    assert links(exchange="server") == [[3 * step, 16, 16, 0], [32, step, step, step]]
+    assert links("two_way", exchange="server") == [[3 * 3 * 16, 16, 16, 0], [32, 48, 48, 48]]
+    # Worker 0's upload goes to three, those of 1 and 2 to the two others that are not the root.
+    assert links(exchange="relay") == [[7 * 16, 16, 16, 0], [32, 32, 32, 48]]
+    assert links(exchange="gather") == [[2 * 3 * 16] * M] * 2
+    # Two uploads of four are gathered; one is summed, which sends 2 * 3/4 of it.
+    assert links(exchange="lazy") == [[3 * 16 + 24] * M] * 2
+    # Shards of 6 and 2 entries: one value and index of each, 10 bytes in 12; 8 floats back.
+    assert links(exchange="sharded") == [[2 * 3 * 12 + 3 * 3 * 32] * M] * 2
+
+
+def test_relay_sends_uploads_down_instead_of_the_step():
+    ledger = _ledger(exchange="relay")
+    ledger.record(np.array([[True, False, True, False], [False] * M]))
+    assert ledger.uplink_bytes == 2 * SPARSE_BYTES + 2 * M
+    assert ledger.downlink_bytes == 2 * 3 * SPARSE_BYTES
+
+
+def test_messages_of_refused_gradients_move_where_no_flag_says_so():
+    """Without the rule there are no flags: an empty message moves like any other."""
+    ledger = _ledger("sparse_sgd", exchange="server")
+    ledger.record(np.array([True, True, False, True]))
+    assert ledger.sent_bytes == (3 * DENSE, 16, 16, 16)

@@ -42,7 +42,12 @@ WRAPPED = {
         sasg_jax.sparse_sgd(LEARNING_RATE, num_workers=M, density=DENSITY), 2
     ).gradient_transformation(),
     "multi_steps_adaptive": optax.MultiSteps(_sasg(), 2),
+    "server": _sasg(exchange="server"),
+    "sharded": _sasg(exchange="sharded", downlink=sasg_jax.top_k(DENSITY)),
+    "sharded_in_a_chain": optax.chain(optax.clip(1.0), _sasg(exchange="sharded")),
 }
+SHARDED = [name for name in WRAPPED if "sharded" in name]
+OF_A_SHARD = (".server.messages", ".server.downlink_residual")
 
 
 # Marks --------------------------------------------------------------------------------------------
@@ -58,11 +63,15 @@ def _marks(name):
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_marks_ours(name):
-    """Every leaf of the worker's state, and no leaf of the server's."""
+    """Every leaf of the worker's state, and none of the server's but what belongs to its shard."""
     own, shared = _marks(name)
     leaves = jax.tree.leaves(WRAPPED[name].init(PARAMS))
     assert len(own) + len(shared) == len(leaves)
-    assert not [path for path in own if ".server" in path]
+    of_a_shard = OF_A_SHARD if name in SHARDED else ()
+    own_of_server = [path for path in own if ".server" in path]
+    assert all(any(part in path for part in of_a_shard) for path in own_of_server)
+    assert not [path for path in shared for part in of_a_shard if part in path]
+    assert bool(own_of_server) == (name in SHARDED)
     assert not [path for path in shared if ".worker" in path]
     assert any(".worker.residual" in path for path in own)
     assert any(".server.round" in path for path in shared)

@@ -125,6 +125,38 @@ def test_forced_in_the_first_rounds_and_at_the_cap(staleness, round, uploads):
     assert bool(new.uploaded) is uploads
 
 
+@pytest.mark.parametrize(("staleness", "round"), [(1, 2), (5, 3)], ids=["first rounds", "cap"])
+def test_no_stale_gradient_in_a_forced_round(staleness, round):
+    """Its function is not run at all, and the innovation says so with a zero."""
+    runs = []
+
+    def stale_grads_fn(stale_params):
+        jax.debug.callback(lambda: runs.append(1))
+        return jax.tree.map(jnp.zeros_like, stale_params)
+
+    @jax.jit
+    def one_round(staleness, round):
+        state = _state(COMPRESSORS["top_k"])._replace(staleness=staleness)
+        return worker_round(
+            COMPRESSORS["top_k"],
+            RULE,
+            state,
+            GRADS,
+            PARAMS,
+            stale_grads_fn=stale_grads_fn,
+            learning_rate=jnp.float32(0.5),
+            threshold=jnp.float32(np.inf),
+            round=round,
+        )
+
+    new, _ = one_round(jnp.int32(staleness), jnp.int32(round))
+    jax.effects_barrier()
+    assert (bool(new.uploaded), float(new.innovation), runs) == (True, 0.0, [])
+    one_round(jnp.int32(1), jnp.int32(3))
+    jax.effects_barrier()
+    assert runs == [1]
+
+
 def test_uploads_are_exactly_max_staleness_rounds_apart_at_most():
     """A worker that never has news uploads every fifth round, never later."""
     compressor = COMPRESSORS["top_k"]

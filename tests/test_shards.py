@@ -1,0 +1,75 @@
+"""Trees cut into shards, and compressors within them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sasg_jax
+from sasg_jax import shards
+
+TREE = {
+    "a": np.arange(10, dtype=np.float32) - 4.5,
+    "b": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "c": np.float32(7),
+}
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 16])
+def test_join_undoes_cut(num_shards):
+    rows = shards.cut(TREE, num_shards)
+    assert {k: x.shape for k, x in rows.items()} == {
+        k: (num_shards, -(-np.size(x) // num_shards)) for k, x in TREE.items()
+    }
+    chex.assert_trees_all_equal(shards.join(rows, TREE), TREE)
+
+
+def test_shards_are_consecutive_and_filled_up_with_zeros():
+    rows = shards.cut(TREE, 4)
+    np.testing.assert_array_equal(rows["a"][1], TREE["a"][3:6])
+    np.testing.assert_array_equal(rows["a"][3], [TREE["a"][9], 0, 0])
+    np.testing.assert_array_equal(rows["c"], [[7], [0], [0], [0]])
+
+
+def test_one_shard_has_the_shapes_of_a_row():
+    want = jax.tree.map(lambda x: x[0], shards.cut(TREE, 3))
+    chex.assert_trees_all_equal_shapes_and_dtypes(shards.one_shard(TREE, 3), want)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 4, 16])
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+def test_conserves_bit_for_bit(scope, num_shards):
+    """decoded + remainder = tree, with the same number of entries from every shard."""
+    compressor = shards.per_shard(sasg_jax.top_k(0.3, scope=scope), num_shards)
+    message, remainder = compressor.compress(TREE)
+    sent = compressor.decompress(message, TREE)
+    chex.assert_trees_all_equal(jax.tree.map(jnp.add, sent, remainder), TREE)
+    for x in jax.tree.leaves(message):
+        assert x.shape[0] == num_shards
+    assert sum(x.nbytes for x in jax.tree.leaves(message)) == compressor.message_size(TREE).bytes
+
+
+def test_selects_within_each_shard():
+    """The largest of every half, also where one half holds the two largest."""
+    compressor = shards.per_shard(sasg_jax.top_k(0.25), 2)
+    x = jnp.array([1.0, 2, 0, 0, 9, 8, 7, 6])
+    message, remainder = compressor.compress(x)
+    np.testing.assert_array_equal(compressor.decompress(message, x), [0, 2, 0, 0, 9, 0, 0, 0])
+    np.testing.assert_array_equal(remainder, [1, 0, 0, 0, 0, 8, 7, 6])
+
+
+def test_sum_of_messages():
+    compressor = shards.per_shard(sasg_jax.top_k(0.5), 2)
+    x, y = jnp.array([1.0, 2, 3, 4]), jnp.array([8.0, 1, 1, 5])
+    messages = jax.tree.map(
+        lambda *rows: jnp.stack(rows), compressor.compress(x)[0], compressor.compress(y)[0]
+    )
+    np.testing.assert_array_equal(compressor.decompress_sum(messages, x), [8, 2, 0, 9])
+
+
+def test_identity_in_shards_is_lossless():
+    compressor = shards.per_shard(sasg_jax.identity(), 4)
+    message, _ = compressor.compress(TREE)
+    assert compressor.lossless
+    chex.assert_trees_all_equal(compressor.decompress(message, TREE), TREE)
