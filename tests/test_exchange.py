@@ -71,10 +71,10 @@ def test_collect_brings_uploads_to_the_server(name, run):
         rows = run(collect, message, flags)
         for worker in range(1 if name == "server" else M):
             for sender in np.flatnonzero(flags):
-                want = problems.at(message, sender)
+                want = problems.at(message, int(sender))
                 if served.sharded:
                     want = problems.at(want, worker)
-                assert _bits(problems.at(problems.at(rows, worker), sender)) == _bits(want)
+                assert _bits(problems.at(problems.at(rows, worker), int(sender))) == _bits(want)
 
 
 @DRIVERS
