@@ -297,7 +297,7 @@ class Options:
         tyro.conf.Positional[tuple[str, ...]],
         tyro.conf.arg(metavar="COMMAND ...", help_behavior_hint="(required)"),
     ] = ()
-    """What to run, and its arguments; after ``--``."""
+    """What to run, and its arguments; after --."""
 
     hosts: int = 4
     """How many, from 1 to 250."""
