@@ -269,7 +269,7 @@ def _work(command: Options, group: cluster.Group | None, arguments: list[str]) -
         if group is not None:
             group.doing = "while loading the data"
         with console.status("loading data"):
-            if not is_main:  # process 0 may have to prepare the data for all
+            if group is not None and not is_main:  # process 0 may have to prepare the data for all
                 group.gather()
             dataset, source = load(config, command.data_dir, command.archives)
             if group is not None and is_main:

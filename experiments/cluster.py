@@ -6,10 +6,12 @@ an abort of jax.distributed or a failed collective, which name nobody, or not at
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -19,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 """Environment variables instead of ``--coordinator``, ``--num-processes`` and ``--process-id``."""
@@ -323,6 +327,39 @@ def _start_jax(place: Place, timeout: float) -> None:
         shutdown_timeout_seconds=30,
         coordinator_bind_address=f"{bracketed}:{port}" if place.is_loopback else None,
     )
+    _delay_aborts()
+    _first_collective()
+
+
+def _delay_aborts() -> None:
+    """Makes an abort wait a few seconds, in which the watch can say why.
+
+    When process 0 has died, jax.distributed aborts the others as soon as the watch knows of it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGABRT, libc.sleep)  # called with the signal's number: sleep(6)
+
+
+def _first_collective() -> None:
+    """Connects the devices. Gloo says so on the standard output, where it is in the way."""
+    mesh = Mesh(np.asarray(jax.devices()), ("devices",))
+    split, everywhere = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec("devices"), PartitionSpec())
+    )
+    one_each = jax.make_array_from_callback(
+        (jax.device_count(),), split, lambda index: np.ones(1, np.int32)
+    )
+    sys.stdout.flush()
+    standard_output = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            total = jax.jit(lambda x: x.sum(), out_shardings=everywhere)(one_each)
+            assert int(total) == jax.device_count()
+    finally:
+        os.dup2(standard_output, 1)
+        os.close(standard_output)
 
 
 def _end_process(message: str, status: int = ENDED_WITH_ANOTHER) -> None:

@@ -104,11 +104,20 @@ def train(
     if group is not None:
         check_same_data(group, dataset)
     most = max(map(len, shards))
-    examples = tuple(
-        _stack_workers(lambda worker: _pad(array[shards[worker]], most), len(shards), 0, mesh)  # noqa: B023
-        for array in (dataset.train_images, dataset.train_labels)
-    )
     positions = [np.arange(len(shard)) for shard in shards]
+
+    def with_workers(array):
+        """Every worker's own examples, one after the other. shape=(M, largest shard, ...)"""
+        part = lambda worker: _pad(array[shards[worker]], most)
+        return _stack_workers(part, len(shards), 0, mesh)
+
+    def batch_order(start, rounds):
+        """Positions in each worker's own examples. shape=(rounds, M, B)"""
+        arguments = positions, config.batch_size, rounds, seed, start
+        part = lambda worker: data.batch_order(*arguments, workers=[worker])[:, 0]
+        return _stack_workers(part, len(shards), 1, mesh)
+
+    examples = with_workers(dataset.train_images), with_workers(dataset.train_labels)
     batch = jax.vmap(lambda examples, order: examples[order])
     if mesh is not None:
         split = PartitionSpec("workers")
@@ -166,20 +175,7 @@ def train(
     while iteration < config.iterations:
         to_evaluation = config.evaluate_every - iteration % config.evaluate_every
         rounds = min(config.rounds_per_call, to_evaluation, config.iterations - iteration)
-        order = _stack_workers(
-            lambda worker: data.batch_order(
-                positions,
-                config.batch_size,
-                rounds,
-                seed,
-                iteration,
-                [worker],
-            )[:, 0],
-            len(shards),
-            1,
-            mesh,
-        )
-        arguments = (state, examples, order)
+        arguments = (state, examples, batch_order(iteration, rounds))
         if rounds not in compiled:
             compiled[rounds] = run_rounds.lower(*arguments).compile()
         if group is not None:
@@ -289,17 +285,20 @@ def _stack_workers(
     """The workers' parts along a new axis; on a mesh, each is made and lies where its worker is."""
     if mesh is None:
         return jnp.asarray(np.stack([part(worker) for worker in range(num_workers)], axis))
+    devices: Any = enumerate(mesh.devices.flat)
     made = {
         worker: part(worker)
-        for worker, device in enumerate(mesh.devices)
+        for worker, device in devices
         if device.process_index == jax.process_index()
     }
     shape = list(next(iter(made.values())).shape)
     shape.insert(axis, num_workers)
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "workers"))
-    return jax.make_array_from_callback(
-        tuple(shape), sharding, lambda index: np.expand_dims(made[index[axis].start or 0], axis)
-    )
+
+    def block(index: Any) -> np.ndarray:
+        return np.expand_dims(made[index[axis].start or 0], axis)
+
+    return jax.make_array_from_callback(tuple(shape), sharding, block)
 
 
 def _pad(examples: np.ndarray, length: int) -> np.ndarray:
