@@ -1,12 +1,13 @@
-"""The commands ``compare`` and ``run``."""
+"""The commands ``compare``, ``run`` and ``launch``."""
 
+import contextlib
 import dataclasses
 import datetime
 import pathlib
 import platform
 import shlex
 import sys
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -14,15 +15,22 @@ import rich.console
 import rich.progress
 import tyro
 
-from experiments import data
+from experiments import cluster, data
 from experiments.configs import CONFIGS, PAPER_METHODS, Config
 from experiments.figures import LABELS, plot_curves
+from experiments.launch import end_with_launcher, launch
+from experiments.methods import make_optimizer
 from experiments.records import Point, Store
 from experiments.tables import comparison_table, describe
 from experiments.training import train
+from sasg_jax.exchange import EXCHANGES
 
 ConfigName = Literal["digits", "mnist_fc", "fashion_fc", "cifar10_resnet18", "cifar100_resnet18"]
 Method = Literal["sgd", "sparse", "lasg", "sasg", "sasg_two_way"]
+if TYPE_CHECKING:
+    Exchange = str
+else:
+    Exchange = Literal[tuple(EXCHANGES)]
 
 
 def _optional(metavar: str, default: str = "the configuration's") -> Any:
@@ -40,6 +48,12 @@ class Options:
 
     iterations: Annotated[int | None, _optional("INT")] = None
     """Training rounds."""
+
+    num_workers: Annotated[int | None, _optional("INT")] = None
+    """How many workers compute gradients. Over several processes there is one for each device."""
+
+    exchange: Annotated[Exchange | None, _optional("|".join(EXCHANGES), "the method's")] = None
+    """How messages travel between workers and server. Not every method can take every one."""
 
     dataset: Annotated[str | None, _optional("NAME")] = None
     """`digits` or the name of an image classification set of tensorflow-datasets; several joined by
@@ -63,15 +77,33 @@ class Options:
     set), to prepare it from without a network."""
 
     out: Annotated[pathlib.Path | None, _optional("DIR", "results/CONFIG-DATE-TIME")] = None
-    """Where results go; nothing there is overwritten."""
+    """Where results go; nothing there is overwritten. Process 0 writes them."""
+
+    coordinator: Annotated[str | None, _optional("HOST:PORT", cluster.ADDRESS)] = None
+    """To run over several processes, which you start yourself, all with the same command: where
+    they meet, a free port on the host of process 0. (On one machine, `launch` starts them.) The
+    defaults of these three are environment variables, and then what SLURM or Open MPI say."""
+
+    num_processes: Annotated[int | None, _optional("INT", cluster.COUNT)] = None
+    """How many processes there are."""
+
+    process_id: Annotated[int | None, _optional("INT", cluster.INDEX)] = None
+    """Which of them this is, from 0. Process 0 prints and writes."""
+
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run over the processes that SLURM, Open MPI or another scheduler known to JAX has started."""
+
+    connect_timeout: float = 60
+    """Seconds to wait for the other processes at the start."""
 
 
 @dataclasses.dataclass
 class Compare(Options):
     """Trains several methods on the same data, in the same order, from the same parameters.
 
-    Each of 10 simulated workers computes a gradient on its own images in every round; the methods
-    differ in what is sent to the server that averages them:
+    Each of 10 workers computes a gradient on its own images in every round, simulated on one device
+    unless there are several processes; the methods differ in what is sent to the server that
+    averages them:
 
     sgd sends every gradient whole; sparse sends the 1 % largest entries and keeps the rest for
     later; lasg sends whole gradients, but only from workers whose gradient has changed enough;
@@ -99,53 +131,174 @@ class Run(Options):
     """Of the initial parameters, the data order and the augmentation."""
 
 
+@dataclasses.dataclass
+class Launch:
+    """Starts `run` or `compare` in several processes on this machine, joined over its loopback:
+
+    python -m experiments launch --processes 4 -- run mnist_fc --method sasg
+
+    Each has one worker on each of its devices. They use CPU devices, unless JAX_PLATFORMS says
+    otherwise. When one of them dies, all end.
+    """
+
+    command: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="-- run|compare ...", help_behavior_hint=""),
+    ] = ()
+    """What to run, after `--`."""
+
+    processes: int = 2
+    """How many processes to start."""
+
+    devices_per_process: int = 1
+    """How many devices, and so workers, each of them has."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what the user can mend ends it with a message and status 1."""
-    command = tyro.cli(
+    end_with_launcher()
+    command = _parse(arguments)
+    if isinstance(command, Launch):
+        try:
+            _check_launch(command)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
+        launch(command.command, command.processes, command.devices_per_process)
+        return
+    try:
+        _check(command)
+        place = cluster.find_place(
+            detect=command.distributed,
+            coordinator=command.coordinator,
+            count=command.num_processes,
+            index=command.process_id,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        with contextlib.ExitStack() as stack:
+            group = None
+            if place is not None:
+                purpose = _purpose(command)
+                group = stack.enter_context(cluster.join(place, purpose, command.connect_timeout))
+            _work(command, group, arguments or sys.argv[1:])
+    except cluster.ClusterError as error:
+        sys.exit(f"error: {error}")
+
+
+def _parse(arguments: list[str] | None) -> "Compare | Run | Launch":
+    return tyro.cli(
         Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Run, tyro.conf.subcommand("run")],
+        | Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Launch, tyro.conf.subcommand("launch")],
         prog="python -m experiments",
         description="Train with little communication, and count what it takes.",
         args=arguments,
     )
+
+
+def _check_launch(command: Launch) -> None:
+    """Raises for what would fail in every process, or for nothing to start."""
+    for name in ("processes", "devices_per_process"):
+        value = getattr(command, name)
+        if value < 1:
+            raise ValueError(f"Expected --{name.replace('_', '-')}={value} to be at least 1.")
+    if not command.command or command.command[0] not in ("run", "compare"):
+        got = shlex.join(command.command) or "nothing"
+        raise ValueError(f"Expected a command after --, `run ...` or `compare ...`, got {got}.")
+    inner = _parse(list(command.command))
+    assert isinstance(inner, Options)
+    given = (inner.coordinator, inner.num_processes, inner.process_id, inner.distributed or None)
+    if given != (None,) * 4:
+        raise ValueError(
+            "Expected the command after -- to have no --coordinator, --num-processes, --process-id "
+            "or --distributed: launch sets them."
+        )
+    _check(inner, devices=command.processes * command.devices_per_process)
+
+
+def _check(command: Options, devices: int | None = None) -> None:
+    """Raises ValueError or OSError for options that cannot be, before anything is started."""
+    methods, seeds = _methods_and_seeds(command)
+    config = configure(command, devices)
+    for name, values in (("--methods", methods), ("--seeds", seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"Expected {name} to name one or more, each once, got {values}.")
+    if min(seeds) < 0:
+        raise ValueError(f"Expected seeds of at least 0, got {seeds}.")
+    if not command.connect_timeout > 0:
+        raise ValueError(f"Expected --connect-timeout={command.connect_timeout} to be above 0.")
+    for method in methods:
+        make_optimizer(config, method)  # refuses an exchange that it cannot take
+    if command.out is not None:
+        Store(command.out).check_free(config.name, _runs(methods, seeds))
+
+
+def _purpose(command: Options) -> str:
+    """What all processes of a run must agree on: all but what may differ between hosts."""
+    own = "data_dir archives out coordinator num_processes process_id distributed connect_timeout"
+    options = dataclasses.asdict(command).items()
+    given = [f"{key}={value!r}" for key, value in options if key not in own.split()]
+    return f"{type(command).__name__.lower()}({', '.join(given)})"
+
+
+def _methods_and_seeds(command: Options) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if isinstance(command, Compare):
-        methods, seeds = command.methods, command.seeds
-    else:
-        methods, seeds = (command.method,), (command.seed,)
-    runs = [(method, seed) for seed in seeds for method in methods]
-    console = rich.console.Console()
+        return command.methods, command.seeds
+    assert isinstance(command, Run)
+    return (command.method,), (command.seed,)
+
+
+def _runs(methods: tuple[str, ...], seeds: tuple[int, ...]) -> list[tuple[str, int]]:
+    return [(method, seed) for seed in seeds for method in methods]
+
+
+def _work(command: Options, group: cluster.Group | None, arguments: list[str]) -> None:
+    """Trains, in one process or as one of several, of which only the first prints and writes."""
+    is_main = group is None or group.is_main
+    methods, seeds = _methods_and_seeds(command)
+    runs = _runs(methods, seeds)
+    console = rich.console.Console(quiet=not is_main)
     try:
-        config = configure(command)
-        for name, values in (("--methods", methods), ("--seeds", seeds)):
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"Expected {name} to name one or more, each once, got {values}.")
-        if min(seeds) < 0:
-            raise ValueError(f"Expected seeds of at least 0, got {seeds}.")
+        config = configure(command, None if group is None else jax.device_count())
         now = datetime.datetime.now()
         default = pathlib.Path("results") / f"{config.name}-{now:%Y%m%d-%H%M%S}"
         store = Store(command.out or default)
-        store.check_free(config.name, runs)
+        if is_main:
+            store.check_free(config.name, runs)
+        if group is not None:
+            group.doing = "while loading the data"
         with console.status("loading data"):
+            if group is not None and not is_main:  # process 0 may have to prepare the data for all
+                group.gather()
             dataset, source = load(config, command.data_dir, command.archives)
+            if group is not None and is_main:
+                group.gather()
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
-    store.write_settings(
-        {
-            "command": shlex.join(["python", "-m", "experiments", *(arguments or sys.argv[1:])]),
+    if is_main:
+        devices = jax.devices()
+        settings = {
+            "command": shlex.join(["python", "-m", "experiments", *arguments]),
             "started": now.isoformat(timespec="seconds"),
             "config": {**dataclasses.asdict(config), "alpha_c": dict(config.alpha_c)},
             "methods": methods,
             "seeds": seeds,
             "versions": {"python": platform.python_version(), "jax": jax.__version__},
-            "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+            "machine": f"{platform.machine()}, {devices[0].device_kind}",
         }
-    )
+        if group is not None:
+            settings["processes"] = group.names
+            settings["devices"] = len(devices)
+        store.write_settings(settings)
     try:
         with _progress(console) as progress:
             for method, seed in runs:
-                _one_run(config, method, seed, dataset, source, store, progress)
+                _one_run(config, method, seed, dataset, source, store, progress, group)
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
+    if not is_main:
+        return
     records = store.records()
     console.print(comparison_table(records))
     figure = store.directory / "curves.png"
@@ -153,19 +306,29 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"Results: {store.summary_path}\nFigure:  {figure}", soft_wrap=True)
 
 
-def configure(options: Options) -> Config:
-    """The configuration that the options ask for; raises ValueError for what cannot be."""
+def configure(options: Options, devices: int | None = None) -> Config:
+    """The configuration that the options ask for; raises ValueError for what cannot be.
+
+    Over several processes, ``devices`` is how many they have, and each has a worker.
+    """
     config = CONFIGS[options.config]
-    for name in ("iterations", "width"):
+    for name in ("iterations", "width", "num_workers"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"Expected --{name}={value} to be at least 1.")
+            raise ValueError(f"Expected --{name.replace('_', '-')}={value} to be at least 1.")
+    if devices is not None and options.num_workers not in (None, devices):
+        raise ValueError(
+            f"Expected --num-workers={options.num_workers} to be the number of devices of all "
+            f"processes, {devices}, or not to be given: each has one worker."
+        )
     if not options.concentration > 0:
         raise ValueError(f"Expected --concentration={options.concentration} to be above 0.")
     changes: dict[str, Any] = {
         "iterations": options.iterations,
         "dataset": options.dataset,
         "width": options.width,
+        "num_workers": options.num_workers if devices is None else devices,
+        "exchange": options.exchange,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(
@@ -188,11 +351,14 @@ def load(
     return data.combine(datasets) if len(datasets) > 1 else (datasets[0], None)
 
 
-def _one_run(config, method, seed, dataset, source, store, progress):
+def _one_run(config, method, seed, dataset, source, store, progress, group):
+    is_main = group is None or group.is_main
     label = f"{LABELS[method]}, seed {seed}"
     task = progress.add_task(label, total=config.iterations, status="compiling")
 
     def on_point(point: Point) -> None:
+        if not is_main:
+            return
         store.append_point(method, seed, point)
         status = f"accuracy {point.test_accuracy:.2%}, {point.uploads:,} uploads"
         progress.update(task, status=status)
@@ -205,10 +371,12 @@ def _one_run(config, method, seed, dataset, source, store, progress):
         seed,
         dataset,
         source=source,
+        group=group,
         on_point=on_point,
         on_rounds=lambda rounds: progress.advance(task, rounds),
     )
-    store.append_record(record)
+    if is_main:
+        store.append_record(record)
 
 
 def _progress(console: rich.console.Console) -> rich.progress.Progress:
@@ -219,5 +387,5 @@ def _progress(console: rich.console.Console) -> rich.progress.Progress:
         rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
         rich.progress.TextColumn("{task.fields[status]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     )

@@ -42,6 +42,8 @@ class Config:
     """``"iid"`` or ``"dirichlet"`` (label skew)."""
     concentration: float = 0.5
     """Of the Dirichlet distribution; smaller is more skewed."""
+    exchange: str | None = None
+    """How messages travel, one of ``sasg_jax.exchange.EXCHANGES``; None is the method's own."""
     evaluate_every: int = 100
     rounds_per_call: int = 100
     """Rounds in one call of compiled code, which allocates its memory anew each time."""

@@ -564,7 +564,12 @@ def dirichlet_label_skew(
 
 
 def batch_order(
-    shards: Sequence[np.ndarray], batch_size: int, iterations: int, seed: int, start: int = 0
+    shards: Sequence[np.ndarray],
+    batch_size: int,
+    iterations: int,
+    seed: int,
+    start: int = 0,
+    workers: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Returns the training examples in the batches of rounds start..start + iterations - 1.
 
@@ -582,9 +587,10 @@ def batch_order(
       iterations: number of rounds, at least 1.
       seed: integer from 0 to 2**32 - 1.
       start: the first round, from 0.
+      workers: whose batches to return, W of the M workers; all of them by default.
 
     Returns:
-      Indices into the training set, shape (iterations, M, B), dtype int32.
+      Indices into the training set, shape (iterations, W, B), dtype int32.
 
     Raises:
       ValueError: an argument is out of range, or a shard is not a non-empty integer vector.
@@ -595,16 +601,19 @@ def batch_order(
     _check_integer("start", start, 0)
     if not len(shards):
         raise ValueError(f"Expected shards={shards!r} to hold at least 1 shard.")
-    order = np.empty((iterations, len(shards), batch_size), np.int32)
+    workers = range(len(shards)) if workers is None else workers
+    for worker in workers:
+        _check_integer("workers", worker, 0, len(shards) - 1)
+    order = np.empty((iterations, len(workers), batch_size), np.int32)
     begin, end = start * batch_size, (start + iterations) * batch_size
-    for worker, shard in enumerate(shards):
-        shard = _check_vector(f"shards[{worker}]", shard)
+    for column, worker in enumerate(workers):
+        shard = _check_vector(f"shards[{worker}]", shards[worker])
         epochs = range(begin // len(shard), -(-end // len(shard)))
         walk = np.concatenate(
             [np.random.default_rng([seed, worker, epoch]).permutation(shard) for epoch in epochs]
         )
         skipped = begin - epochs.start * len(shard)
-        order[:, worker] = walk[skipped : skipped + end - begin].reshape(iterations, batch_size)
+        order[:, column] = walk[skipped : skipped + end - begin].reshape(iterations, batch_size)
     return order
 
 

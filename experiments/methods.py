@@ -1,5 +1,8 @@
 """The methods under comparison, as the optimisers of sasg_jax."""
 
+import inspect
+from typing import Any
+
 import optax
 
 import sasg_jax
@@ -17,12 +20,13 @@ def learning_rate(config: Config) -> optax.ScalarOrSchedule:
 def make_optimizer(config: Config, method: str) -> optax.GradientTransformationExtraArgs:
     """The optimiser of one of :data:`experiments.configs.METHODS`."""
     rate, workers = learning_rate(config), config.num_workers
+    shared: dict[str, Any] = {"num_workers": workers, "exchange": exchange_of(config, method)}
     if method == "sgd":
-        return sasg_jax.sgd(rate, num_workers=workers)
+        return sasg_jax.sgd(rate, **shared)
     if method == "sparse":
-        return sasg_jax.sparse_sgd(rate, num_workers=workers, density=config.density)
+        return sasg_jax.sparse_sgd(rate, density=config.density, **shared)
     rule = {
-        "num_workers": workers,
+        **shared,
         "max_staleness": config.max_staleness,
         "history": config.history,
         "alpha": sasg_jax.released_alpha(
@@ -33,3 +37,12 @@ def make_optimizer(config: Config, method: str) -> optax.GradientTransformationE
         return sasg_jax.lasg(rate, **rule)
     downlink = sasg_jax.top_k(config.density) if method == "sasg_two_way" else None
     return sasg_jax.sasg(rate, density=config.density, downlink=downlink, **rule)
+
+
+def exchange_of(config: Config, method: str) -> str:
+    """How the messages of a method travel: as the configuration says, or the method's own way."""
+    if config.exchange is not None:
+        return config.exchange
+    factory = {"sgd": sasg_jax.sgd, "sparse": sasg_jax.sparse_sgd, "lasg": sasg_jax.lasg}
+    parameters = inspect.signature(factory.get(method, sasg_jax.sasg)).parameters
+    return parameters["exchange"].default

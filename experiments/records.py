@@ -17,6 +17,11 @@ class Record:
     method: str
     seed: int
     num_workers: int
+    exchange: str
+    """How messages travelled."""
+    driver: str
+    """``"vmap"``: all workers simulated on one device. ``"shard_map"``: each on its own."""
+    processes: int
     num_parameters: int
     iterations: int
     uploads: int

@@ -1,6 +1,6 @@
-"""One run: a method on a data set, simulated with all workers on one device."""
+"""One run: a method on a data set, simulated on one device or with a device for each worker."""
 
-import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -10,13 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
 from experiments import data
+from experiments.cluster import ClusterError, Group
 from experiments.configs import Config
-from experiments.methods import make_optimizer
+from experiments.methods import exchange_of, make_optimizer
 from experiments.models import make_model
 from experiments.records import Point, Record
+
+PyTree = Any
 
 
 def partition(
@@ -39,13 +43,15 @@ def train(
     dataset: data.Dataset,
     *,
     source: np.ndarray | None = None,
+    group: Group | None = None,
     on_point: Callable[[Point], None] = lambda point: None,
     on_rounds: Callable[[int], None] = lambda rounds: None,
+    on_checkpoint: Callable[[PyTree, sasg_jax.RoundInfo], None] = lambda params, info: None,
 ) -> Record:
     """Trains and evaluates.
 
     The initial parameters, the data order and the augmentation depend on the seed alone, so that
-    methods are compared on the same of each.
+    methods are compared on the same of each. They do not depend on where the workers run.
 
     Args:
       config: the experiment.
@@ -54,11 +60,18 @@ def train(
       dataset: the data.
       source: for a combination of data sets, where each training example comes from; the workers
         then hold one data set each, in turn.
+      group: the processes that run this together: all call it with the same arguments, and each
+        gets the record. Every worker then has a device of its own, and its examples lie there. None
+        simulates all workers on one device.
       on_point: called after each evaluation.
       on_rounds: called with a number of rounds as they are done.
+      on_checkpoint: called at each evaluation, with the parameters on this process's first device
+        and the reports of the rounds since the last one, with a leading axis over rounds.
 
     Raises:
       FloatingPointError: the training loss is not finite.
+      ClusterError: the processes hold different data, or parameters that are not the same bit for
+        bit at an evaluation.
     """
     params_key, workers_key = jax.random.split(jax.random.key(seed))
     shards = partition(config, dataset, source, seed)
@@ -76,27 +89,55 @@ def train(
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return (loss, written["batch_stats"]) if has_model_state else loss
 
-    tx = make_optimizer(config, method)
+    mesh = None if group is None else Mesh(np.asarray(jax.devices()), ("workers",))
     train_step = sasg_jax.make_train_step(
         loss_fn,
-        tx,
+        make_optimizer(config, method),
         num_workers=config.num_workers,
+        driver="vmap" if mesh is None else "shard_map",
+        devices=None if mesh is None else jax.devices(),
         has_model_state=has_model_state,
         has_key=config.augment,
     )
     state = train_step.init(params, model_state, workers_key if config.augment else None)
     ledger = sasg_jax.Ledger(state.opt_state)
-    train_images, train_labels = (
-        jnp.asarray(dataset.train_images),
-        jnp.asarray(dataset.train_labels),
-    )
+    if group is not None:
+        check_same_data(group, dataset)
+    most = max(map(len, shards))
+    positions = [np.arange(len(shard)) for shard in shards]
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run_rounds(state, images, labels, order):
-        def one_round(state, indices):
-            return train_step.step(state, (images[indices], labels[indices]))
+    def with_workers(array):
+        """Every worker's own examples, one after the other. shape=(M, largest shard, ...)"""
+        part = lambda worker: _pad(array[shards[worker]], most)
+        return _stack_workers(part, len(shards), 0, mesh)
+
+    def batch_order(start, rounds):
+        """Positions in each worker's own examples. shape=(rounds, M, B)"""
+        arguments = positions, config.batch_size, rounds, seed, start
+        part = lambda worker: data.batch_order(*arguments, workers=[worker])[:, 0]
+        return _stack_workers(part, len(shards), 1, mesh)
+
+    examples = with_workers(dataset.train_images), with_workers(dataset.train_labels)
+    batch = jax.vmap(lambda examples, order: examples[order])
+    if mesh is not None:
+        split = PartitionSpec("workers")
+        batch = jax.shard_map(batch, mesh=mesh, in_specs=split, out_specs=split)
+
+    def run_rounds(state, examples, order):
+        def one_round(state, order):
+            return train_step.step(state, tuple(batch(array, order) for array in examples))
 
         return jax.lax.scan(one_round, state, order)
+
+    # The report of all rounds of a call is brought to every process, once.
+    shardings = {}
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        shardings["out_shardings"] = jax.tree.map(lambda x: x.sharding, state), everywhere
+        mean_model_state = jax.jit(sasg_jax.mean_model_state, out_shardings=everywhere)
+    else:
+        mean_model_state = sasg_jax.mean_model_state
+    run_rounds = jax.jit(run_rounds, donate_argnums=0, **shardings)
 
     @jax.jit
     def count_correct(params, model_state, images, labels):
@@ -105,19 +146,24 @@ def train(
         return jnp.sum(logits.argmax(-1) == labels)
 
     def test_accuracy(state):
+        """Of the whole test set, of which each process takes a part."""
         statistics = {}
         if has_model_state:
-            statistics = sasg_jax.mean_model_state(state.model_state)
+            statistics = _local(mean_model_state(state.model_state))
             ledger.record_model_state(state.model_state)
+        params = _local(state.params)
         chunks = math.ceil(len(dataset.test_labels) / 1000)
+        mine = slice(None) if group is None else slice(group.index, None, group.count)
         correct = sum(
-            int(count_correct(state.params, statistics, images, labels))
+            int(count_correct(params, statistics, images, labels))
             for images, labels in zip(
-                np.array_split(dataset.test_images, chunks),
-                np.array_split(dataset.test_labels, chunks),
+                np.array_split(dataset.test_images, chunks)[mine],
+                np.array_split(dataset.test_labels, chunks)[mine],
                 strict=True,
             )
         )
+        if group is not None:
+            correct = sum(group.gather(correct))
         return correct / len(dataset.test_labels)
 
     compiled: dict[int, Any] = {}  # by number of rounds, so that compilation is not timed
@@ -129,10 +175,12 @@ def train(
     while iteration < config.iterations:
         to_evaluation = config.evaluate_every - iteration % config.evaluate_every
         rounds = min(config.rounds_per_call, to_evaluation, config.iterations - iteration)
-        order = data.batch_order(shards, config.batch_size, rounds, seed, start=iteration)
-        arguments = (state, train_images, train_labels, order)
+        arguments = (state, examples, batch_order(iteration, rounds))
         if rounds not in compiled:
             compiled[rounds] = run_rounds.lower(*arguments).compile()
+        if group is not None:
+            group.doing = f"in rounds {iteration + 1:,} to {iteration + rounds:,} of {method}"
+            group.gather()  # a collective does not wait as long as another compilation may take
         start = time.perf_counter()
         state, info = jax.block_until_ready(compiled[rounds](*arguments))
         seconds.append((rounds, time.perf_counter() - start))
@@ -145,8 +193,11 @@ def train(
                 f"{iteration} rounds. Lower the learning rate."
             )
         if iteration % config.evaluate_every == 0 or iteration == config.iterations:
-            recent = jax.tree.map(lambda *parts: np.concatenate(parts), *_per_round(infos))
+            if group is not None:
+                check_replicas(group, state.params, iteration)
+            recent = jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
             infos.clear()
+            on_checkpoint(_local(state.params), recent)
             point = Point(
                 iteration=iteration,
                 uploads=ledger.uploads,
@@ -154,9 +205,9 @@ def train(
                 uplink_bytes=ledger.uplink_bytes,
                 downlink_bytes=ledger.downlink_bytes,
                 test_accuracy=test_accuracy(state),
-                train_loss=float(recent["loss"].mean()),
-                upload_fraction=float(recent["uploaded"].mean()),
-                mean_staleness=float(recent["staleness"].mean()),
+                train_loss=float(recent.loss.mean()),
+                upload_fraction=float(recent.uploaded.mean()),
+                mean_staleness=float(recent.staleness.mean()),
             )
             if at_target is None and point.test_accuracy >= config.target_accuracy:
                 at_target = point
@@ -170,6 +221,9 @@ def train(
         method=method,
         seed=seed,
         num_workers=config.num_workers,
+        exchange=exchange_of(config, method),
+        driver="vmap" if mesh is None else "shard_map",
+        processes=1 if group is None else group.count,
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         iterations=iteration,
         uploads=ledger.uploads,
@@ -190,9 +244,66 @@ def train(
     )
 
 
-def _per_round(infos: list[sasg_jax.RoundInfo]) -> list[dict[str, np.ndarray]]:
-    names = ("loss", "uploaded", "staleness")
-    return [{name: np.asarray(getattr(info, name)) for name in names} for info in infos]
+def check_same_data(group: Group, dataset: data.Dataset) -> None:
+    """Raises ClusterError unless all processes hold the same data."""
+    labels = hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
+    mine = [dataset.name, *dataset.train_images.shape, *dataset.test_images.shape, labels]
+    everyone = group.gather(mine)
+    different = [index for index, other in enumerate(everyone) if other != everyone[0]]
+    if different:
+        raise ClusterError(
+            f"Expected all processes to hold the same data, but that of processes {different} is "
+            f"not that of process 0: {everyone[different[0]]}, not {everyone[0]}."
+        )
+
+
+def check_replicas(group: Group, params: PyTree, iteration: int) -> None:
+    """Raises ClusterError unless the parameters are the same, bit for bit, on all devices."""
+    digests = []
+    for device in range(jax.local_device_count()):
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(params):
+            digest.update(np.asarray(leaf.addressable_shards[device].data).tobytes())
+        digests.append(digest.hexdigest())
+    everyone = group.gather(digests)
+    different = [i for i, digests in enumerate(everyone) if set(digests) != {everyone[0][0]}]
+    if different:
+        raise ClusterError(
+            f"Expected the parameters after round {iteration:,} to be the same on all devices, bit "
+            f"for bit, but on processes {different} they are not those of process 0's first device."
+        )
+
+
+def _local(tree: PyTree) -> PyTree:
+    """This process's copy of arrays that are the same everywhere."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def _stack_workers(
+    part: Callable[[int], np.ndarray], num_workers: int, axis: int, mesh: Mesh | None
+) -> jax.Array:
+    """The workers' parts along a new axis; on a mesh, each is made and lies where its worker is."""
+    if mesh is None:
+        return jnp.asarray(np.stack([part(worker) for worker in range(num_workers)], axis))
+    devices: Any = enumerate(mesh.devices.flat)
+    made = {
+        worker: part(worker)
+        for worker, device in devices
+        if device.process_index == jax.process_index()
+    }
+    shape = list(next(iter(made.values())).shape)
+    shape.insert(axis, num_workers)
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "workers"))
+
+    def block(index: Any) -> np.ndarray:
+        return np.expand_dims(made[index[axis].start or 0], axis)
+
+    return jax.make_array_from_callback(tuple(shape), sharding, block)
+
+
+def _pad(examples: np.ndarray, length: int) -> np.ndarray:
+    """Repeats the first example up to a length. What is added is never in a batch."""
+    return examples[np.minimum(np.arange(length), len(examples)) % len(examples)]
 
 
 def _normaliser(train_images: np.ndarray) -> Callable[[Any], jax.Array]:

@@ -174,15 +174,21 @@ def make_train_step(
         def stack(x):
             return jnp.broadcast_to(x, (num_workers, *jnp.shape(x)))
 
-        state = TrainState(
-            params=jax.tree.map(jnp.array, params),  # copies: the step donates its state
-            opt_state=stack_workers(tx.init(params), num_workers),
-            model_state=jax.tree.map(stack, model_state) if has_model_state else (),
-            keys=() if key is None else jax.random.split(key, num_workers),
-        )
-        if driver != "vmap":  # where the step leaves it, so that it is compiled once
-            state = jax.device_put(state, _shardings(state, _mesh(devices, axis_name)))
-        return state
+        def make(params, model_state, key):
+            return TrainState(
+                params=jax.tree.map(jnp.array, params),  # copies: the step donates its state
+                opt_state=stack_workers(tx.init(params), num_workers),
+                model_state=jax.tree.map(stack, model_state) if has_model_state else (),
+                keys=() if key is None else jax.random.split(key, num_workers),
+            )
+
+        if driver == "vmap":
+            return make(params, model_state, key)
+        # Every part where the step leaves it, so that the step is compiled once; each process
+        # makes those of its own devices.
+        shapes = jax.eval_shape(make, params, model_state, key)
+        shardings = _shardings(shapes, _mesh(devices, axis_name))
+        return jax.jit(make, out_shardings=shardings)(params, model_state, key)
 
     donated = (0,) if donate else ()
 
