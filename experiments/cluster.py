@@ -166,8 +166,9 @@ class Group:
         self._gathered: dict[int, list[Any]] = {}  # by gathering
         self._gatherings = 0
         self._ended = False
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="watch")
         if peers:
-            threading.Thread(target=self._watch, daemon=True, name="watch").start()
+            self._watcher.start()
 
     @property
     def is_main(self) -> bool:
@@ -199,6 +200,10 @@ class Group:
         self._ended = True
         for peer in self._peers.values():
             peer.send(bye=True)
+        if self._peers:
+            self._watcher.join()
+        for peer in self._peers.values():
+            peer.socket.close()
 
     def _watch(self) -> None:
         """In its own thread: hears the others and says that this process is alive."""
@@ -208,7 +213,7 @@ class Group:
             heard = dict.fromkeys(self._peers, time.monotonic())
             beat = time.monotonic()
             while heard and not self._ended:
-                for key, _ in selector.select(timeout=1):
+                for key, _ in selector.select(timeout=0.2):
                     index = key.data
                     messages = self._peers[index].receive()
                     heard[index] = time.monotonic()
@@ -222,7 +227,7 @@ class Group:
                 now = time.monotonic()
                 for index, last in heard.items():
                     if now - last > self._silence:
-                        self._lose(index, f"it has given no sign of life for {self._silence:.0f} s")
+                        self._lose(index, f"it has given no sign of life for {self._silence:g} s")
                 if now - beat > min(_BEAT, self._silence / 4):
                     beat = now
                     for peer in self._peers.values():
@@ -414,7 +419,7 @@ def _call_roll(
             except TimeoutError:
                 absent = sorted(set(range(place.count)) - set(names))
                 problem = (
-                    f"Waited {timeout:.0f} s at {place.coordinator} for {place.count} processes, "
+                    f"Waited {timeout:g} s at {place.coordinator} for {place.count} processes, "
                     f"but {_list(absent)} did not come. Was --num-processes={place.count} meant?"
                 )
                 break
@@ -463,7 +468,7 @@ def _answer_roll(place: Place, me: str, purpose: str, timeout: float) -> "tuple[
         except OSError as error:
             if time.monotonic() + 0.2 >= deadline:
                 raise ClusterError(
-                    f"Process {place.index} tried for {timeout:.0f} s to reach process 0 at "
+                    f"Process {place.index} tried for {timeout:g} s to reach process 0 at "
                     f"--coordinator={place.coordinator}: {_reason(error)}."
                 ) from error
         time.sleep(0.2)
@@ -471,6 +476,7 @@ def _answer_roll(place: Place, me: str, purpose: str, timeout: float) -> "tuple[
     answer = peer.wait(timeout + 5)  # process 0 gives up before
     if answer and "names" in answer:
         return answer["names"], peer
+    peer.socket.close()
     if answer and "problem" in answer:
         raise ClusterError(answer["problem"])
     raise ClusterError(

@@ -18,7 +18,11 @@ _GRACE = 5.0  # seconds in which the others may end by themselves and say why
 
 
 def launch(
-    command: Sequence[str], processes: int, devices_per_process: int = 1, *, port: int | None = None
+    command: Sequence[str],
+    processes: int,
+    devices_per_process: int = 1,
+    *,
+    program: Sequence[str] = ("-m", "experiments"),
 ) -> None:
     """Runs ``python -m experiments COMMAND`` in several processes that make up one run.
 
@@ -28,7 +32,8 @@ def launch(
     Raises:
       SystemExit: a process failed; the message names it.
     """
-    port = _free_port() if port is None else port
+    port = _free_port()
+    command = [sys.executable, *program, *command]
     started: list[subprocess.Popen[str]] = []
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
     readers: list[threading.Thread] = []
@@ -92,7 +97,7 @@ def _start(
         ids = ",".join(map(str, range(first, first + devices)))
         environment.setdefault("JAX_LOCAL_DEVICE_IDS", ids)
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments", *command],
+        command,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE if index else None,

@@ -1,0 +1,81 @@
+"""Trains with every method and exchange, as a simulation or as one of several processes.
+
+``python replicas.py FOLDER NAME ...`` under :func:`experiments.launch.launch` leaves what each
+process has seen of the named pairs in FOLDER, one file for a process and a pair.
+"""
+
+import dataclasses
+import gzip
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from experiments import cluster, data, training
+from experiments.configs import CONFIGS, Config
+
+CONFIG = dataclasses.replace(CONFIGS["mnist_fc"], num_workers=4, iterations=300)
+PAIRS = {
+    f"{method}-{exchange}": dataclasses.replace(CONFIG, exchange=exchange)
+    for method, exchange in (
+        ("sgd", "psum"),
+        ("sparse", "gather"),
+        ("lasg", "gather"),
+        ("sasg", "gather"),
+        ("sasg_two_way", "gather"),
+    )
+}
+"""What is compared: every method, and every exchange."""
+
+
+def mnist() -> data.Dataset:
+    """MNIST from the original archives where they are at hand, or else something like it."""
+    folder = pathlib.Path(os.environ.get("SASG_JAX_ARCHIVES") or os.devnull) / "mnist"
+    if folder.is_dir():
+        images, labels = [], []
+        for split in ("train", "t10k"):
+            pixels = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())[16:]
+            images.append(np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28, 1))
+            digits = gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes())[8:]
+            labels.append(np.frombuffer(digits, np.uint8).astype(np.int32))
+        return data.Dataset("mnist", images[0], labels[0], images[1], labels[1], 10)
+    rng = np.random.default_rng(0)
+    strokes = rng.integers(0, 200, (10, 7, 7, 1)).repeat(4, 1).repeat(4, 2)
+
+    def split(size):
+        labels = np.arange(size, dtype=np.int32) % 10
+        noise = rng.integers(-120, 120, (size, 28, 28, 1))
+        return np.clip(strokes[labels] + noise, 0, 255).astype(np.uint8), labels
+
+    # 6,001 and 1,001: shards of unequal size, and parts of the test set.
+    return data.Dataset("synthetic", *split(6001), *split(1001), 10)
+
+
+def run(config: Config, method: str, dataset: data.Dataset, group: cluster.Group | None) -> dict:
+    """What happened: uploads in every round, and the parameters at every checkpoint."""
+    seen = {"uploaded": [], "params": []}
+
+    def on_checkpoint(params, info):
+        seen["uploaded"].extend(info.uploaded)
+        seen["params"].append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
+
+    record = training.train(config, method, 1, dataset, group=group, on_checkpoint=on_checkpoint)
+    arrays = {name: np.asarray(values) for name, values in seen.items()}
+    return {**arrays, "uploads": record.uploads, "accuracy": record.final_test_accuracy}
+
+
+def main(folder: str, *names: str) -> None:
+    place = cluster.find_place()
+    assert place is not None
+    with cluster.join(place, "a comparison", timeout=120) as group:
+        dataset = mnist()
+        for name in names:
+            method = name.rpartition("-")[0]
+            seen = run(PAIRS[name], method, dataset, group)
+            np.savez(pathlib.Path(folder) / f"{name}-{group.index}.npz", **seen)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
