@@ -1,4 +1,4 @@
-"""The commands ``compare``, ``run`` and ``launch``."""
+"""The commands ``compare``, ``run``, ``launch`` and ``wire``."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ import rich.console
 import rich.progress
 import tyro
 
-from experiments import cluster, data
+from experiments import cluster, data, wire
 from experiments.configs import CONFIGS, PAPER_METHODS, Config
 from experiments.figures import LABELS, plot_curves
 from experiments.launch import end_with_launcher, launch
@@ -165,6 +165,12 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"error: {error}")
         launch(command.command, command.processes, command.devices_per_process)
         return
+    if isinstance(command, wire.Wire):
+        try:
+            wire.work(command, arguments or sys.argv[1:])
+        except (ValueError, RuntimeError, OSError) as error:
+            sys.exit(f"error: {error}")
+        return
     try:
         _check(command)
         place = cluster.find_place(
@@ -186,11 +192,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def _parse(arguments: list[str] | None) -> "Compare | Run | Launch":
+def _parse(arguments: list[str] | None) -> "Compare | Run | Launch | wire.Wire":
     return tyro.cli(
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Run, tyro.conf.subcommand("run")]
-        | Annotated[Launch, tyro.conf.subcommand("launch")],
+        | Annotated[Launch, tyro.conf.subcommand("launch")]
+        | Annotated[wire.Wire, tyro.conf.subcommand("wire")],
         prog="python -m experiments",
         description="Train with little communication, and count what it takes.",
         args=arguments,

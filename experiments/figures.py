@@ -1,6 +1,8 @@
 """Curves as pictures: accuracy and loss against uploads and bytes."""
 
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -72,6 +74,32 @@ def plot_curves(store: Store, path: pathlib.Path, title: str) -> None:
             if column > 0:
                 axes[row, column].set_xscale("log")
     axes[0, 0].legend(loc="lower right", frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_wire(measurements: Sequence[Any], path: pathlib.Path, title: str) -> None:
+    """Draws, for each :class:`experiments.wire.Measurement`, the time and the bytes of a round."""
+    figure, (times, moved) = plt.subplots(
+        1, 2, figsize=(12, 1.6 + 0.36 * len(measurements)), sharey=True, layout="constrained"
+    )
+    places = range(len(measurements))
+    colours = [_COLOURS[m.method] for m in measurements]
+    times.barh(places, [m.communication_ms for m in measurements], color=colours)
+    times.set_xlabel("exchange, ms per round")
+    kernel = [m.kernel_total / m.hosts for m in measurements]
+    ledger = [sum(m.ledger_sent) / m.hosts for m in measurements]
+    moved.barh(places, kernel, color=colours, label="kernel")
+    moved.plot(ledger, places, "|", color="black", markersize=14, label="ledger")
+    moved.set_xlabel("bytes sent per host and round, a mean over hosts")
+    moved.legend(frameon=False)
+    times.set_yticks(places, [f"{LABELS[m.method]}, {m.exchange}" for m in measurements])
+    times.invert_yaxis()
+    for axis, values in ((times, [m.communication_ms for m in measurements]), (moved, kernel)):
+        axis.set_xscale("log")
+        axis.set_xlim(min(values) / 2, max(values) * 2)
+        axis.grid(axis="x", alpha=0.25)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -44,6 +44,7 @@ def test_methods_send_what_they_say(method, adaptive, upload_bytes, downlink_byt
         upload_paper_bits=32 * (1000 if upload_bytes == 4000 else 10),
         flag_bytes=int(adaptive),
         downlink_bytes=downlink_bytes,
+        exchange="psum" if method == "sgd" else "gather",
     )
     assert len(state.server.history) == (10 if adaptive else 0)
 
