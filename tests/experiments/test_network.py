@@ -171,8 +171,8 @@ def test_a_program_is_signalled_as_any_child():
         "import signal, sys; signal.signal(15, lambda *_: sys.exit(3)); print(flush=True); input()"
     )
     with network.Network(hosts=1) as net:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with net.popen(0, [sys.executable, "-c", code], **pipes) as process:
+        argv, pipe = [sys.executable, "-c", code], subprocess.PIPE
+        with net.popen(0, argv, stdin=pipe, stdout=pipe) as process:
             assert process.stdout
             process.stdout.readline()
             process.terminate()
