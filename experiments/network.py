@@ -36,6 +36,7 @@ _DELAYS = {"us": 1, "ms": 10**3, "s": 10**6}
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "bridge": "iproute2"}
 _TOOLS |= {"unshare": "util-linux", "nsenter": "util-linux", "mount": "util-linux"}
 _NAMESPACES = ("--net", "--mount", "--uts")
+_PRINTING = threading.Lock()
 
 # A host's first process, given its name and its /etc/hosts. /sys has to be mounted anew to show the
 # host's own interfaces; until then, the file that is mounted over /etc/hosts is made there.
@@ -371,8 +372,8 @@ def run(network: Network, command: Sequence[str]) -> tuple[int, list[Counters]]:
 def _pass_on(host: int, lines: IO[str], to: IO[str]) -> None:
     with lines:
         for line in lines:
-            to.write(f"[host {host}] {line}" if line.endswith("\n") else f"[host {host}] {line}\n")
-            to.flush()
+            with _PRINTING:
+                print(f"[host {host}]", line.removesuffix("\n"), file=to, flush=True)
 
 
 if __name__ == "__main__":
