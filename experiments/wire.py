@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import selectors
 import shlex
 import socket
 import statistics
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, cast
 
 import jax
 import numpy as np
@@ -122,14 +123,19 @@ class Conductor:
             with contextlib.suppress(BrokenPipeError):  # its answer will be missing
                 process.stdin.write(json.dumps({"do": do, **same, **own}) + "\n")
                 process.stdin.flush()
-        answers = []
-        for i, process in enumerate(self._processes):
-            assert process.stdout
-            line = process.stdout.readline()
-            if not line:
-                self._fail(i)
-            answers.append(json.loads(line))
-        return answers
+        answers: dict[int, dict[str, Any]] = {}
+        with selectors.DefaultSelector() as waiting:
+            for i, process in enumerate(self._processes):
+                assert process.stdout
+                waiting.register(process.stdout, selectors.EVENT_READ, i)
+            while len(answers) < len(self._processes):
+                for key, _ in waiting.select():  # the first that ends is the one to name
+                    waiting.unregister(key.fileobj)
+                    line = cast(IO[str], key.fileobj).readline()
+                    if not line:
+                        self._fail(key.data)
+                    answers[key.data] = json.loads(line)
+        return [answers[i] for i in range(len(answers))]
 
     def _fail(self, host: int) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -174,7 +174,7 @@ class Host:
                 result = exchange_lib.psum(message, _AXIS)
             else:
                 used = exchange_lib.SERVED[exchange]
-                flags = exchange_lib.gather_flags(uploaded, _AXIS) if adaptive else None
+                flags = used.tell(uploaded, _AXIS) if adaptive else None
                 rows = used.collect(message, flags, _AXIS)
                 result = rows, used.spread(answer, _AXIS)
             return jax.tree.map(lambda x: x[None], result)

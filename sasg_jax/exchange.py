@@ -22,6 +22,7 @@ workers' messages already stand in one array, and nothing need move: each exchan
 expression of the same mathematics.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ class Links(NamedTuple):
 class Exchange(NamedTuple):
     """What the transformation needs of an exchange that has a server."""
 
+    tell: Callable[[jax.Array, str], jax.Array]
+    """``flags = tell(uploaded, axis_name)``: who uploads, known to all. shape=(M,), dtype=bool."""
     collect: Callable[[PyTree, jax.Array | None, str], PyTree]
     """``rows = collect(message, flags, axis_name)``: messages with a leading axis over workers,
     where the server is. The rows of silent workers mean nothing. Without flags everybody sends."""
@@ -56,13 +59,10 @@ class Exchange(NamedTuple):
     links: Callable[[int, int, list[int], list[int]], Links]
     """``links(upload_bytes, downlink_bytes, uploads_by_worker, rounds_by_uploads)``: what a run
     moves. ``rounds_by_uploads[u]`` is the number of rounds in which u workers uploaded."""
+    flag_links: Callable[[int], Links]
+    """``flag_links(M)``: what one round's ``tell`` moves."""
     sharded: bool = False
     """Whether each worker serves its own shard, so that server memory differs between workers."""
-
-
-def gather_flags(uploaded: jax.Array, axis_name: str) -> jax.Array:
-    """Tells every worker who uploads. ``# shape=(M,), dtype=bool``"""
-    return lax.all_gather(uploaded, axis_name)
 
 
 def psum(message: PyTree, axis_name: str) -> PyTree:
@@ -79,8 +79,18 @@ def psum(message: PyTree, axis_name: str) -> PyTree:
     def wide(x):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
+    def on_devices(message):
+        # One vector: a sum of every tensor by itself waits as often as there are tensors.
+        leaves, treedef = jax.tree.flatten(message)
+        total = lax.psum(jnp.concatenate([x.reshape(-1) for x in leaves]), axis_name)
+        ends = itertools.accumulate(x.size for x in leaves)
+        parts = jnp.split(total, list(ends)[:-1])
+        return treedef.unflatten(
+            [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, leaves, strict=True)]
+        )
+
     total = _over_workers(
-        lambda message: lax.psum(message, axis_name),
+        on_devices,
         simulated,
         axis_name,
         jax.tree.map(wide, message),
@@ -194,6 +204,68 @@ def packed_bytes(message_bytes: int) -> int:
     return -(-message_bytes // 4) * 4
 
 
+# Flags --------------------------------------------------------------------------------------------
+
+
+def _tell_all(uploaded: jax.Array, axis_name: str) -> jax.Array:
+    """Tells every worker who uploads. ``# shape=(M,), dtype=bool``
+
+    In each step a worker hears from another one all that this one knows, so that a few steps tell
+    everything: ⌈log₂ M⌉ waits in place of the M - 1 of a ring.
+    """
+
+    def on_devices(uploaded):
+        size = lax.axis_size(axis_name)
+        known = uploaded.astype(jnp.uint8)[None]  # of this worker and those after it
+        while known.size < size:
+            distance = known.size
+            to_those_before = [(m, (m - distance) % size) for m in range(size)]
+            news = lax.ppermute(known[: size - distance], axis_name, to_those_before)
+            known = jnp.concatenate([known, news])
+        return jnp.roll(known, lax.axis_index(axis_name)).astype(bool)
+
+    def simulated(size, uploaded, batched):
+        return _stacked(size, uploaded, batched)
+
+    return _over_workers(on_devices, simulated, axis_name, uploaded)
+
+
+def _tell_through_root(uploaded: jax.Array, axis_name: str) -> jax.Array:
+    """As :func:`_tell_all`, over worker 0: a worker sends one flag however many workers there are.
+
+    A message as small as a flag costs some 400 bytes on a TCP link, whichever way it goes.
+    """
+
+    def on_devices(uploaded):
+        flag = uploaded.astype(jnp.uint8)
+        size = lax.axis_size(axis_name)
+        flags = [flag] + [lax.ppermute(flag, axis_name, [(m, 0)]) for m in range(1, size)]
+        return _from_root(jnp.stack(flags), axis_name).astype(bool)
+
+    def simulated(size, uploaded, batched):
+        return _stacked(size, uploaded, batched)
+
+    return _over_workers(on_devices, simulated, axis_name, uploaded)
+
+
+def _tell_all_links(size: int) -> Links:
+    return Links([size - 1] * size, [size - 1] * size)
+
+
+def _tell_through_root_links(size: int) -> Links:
+    others = size - 1
+    return Links([others * size, *[1] * others], [others, *[size] * others])
+
+
+def _from_root(x: jax.Array, axis_name: str) -> jax.Array:
+    """Worker 0's integers ``x``, on every worker."""
+    # Each worker receives zeros but from one of the sends, so the bits of all are or-ed.
+    received = jnp.where(lax.axis_index(axis_name) == 0, x, 0)
+    for worker in range(1, lax.axis_size(axis_name)):
+        received |= lax.ppermute(x, axis_name, [(0, worker)])
+    return received
+
+
 # Every worker plays the server --------------------------------------------------------------------
 
 
@@ -303,12 +375,7 @@ def _serve_at_root(fn, axis_name, memory, *operands):
 
 def _spread_from_root(down, axis_name):
     def on_devices(down):
-        words = _pack(down)
-        # Each worker receives zeros but from one of the sends, so the bits of all are or-ed.
-        received = words
-        for worker in range(1, lax.axis_size(axis_name)):
-            received |= lax.ppermute(words, axis_name, [(0, worker)])
-        return _unpack(received, jax.eval_shape(lambda: down))
+        return _unpack(_from_root(_pack(down), axis_name), jax.eval_shape(lambda: down))
 
     return _over_workers(on_devices, lambda size, down, batched: down, axis_name, down)
 
@@ -404,19 +471,34 @@ def _psum_links(upload_bytes, downlink_bytes, uploads_by_worker, rounds_by_uploa
     return Links([moved] * size, [moved] * size)
 
 
+_AMONG_ALL = {"tell": _tell_all, "flag_links": _tell_all_links}
+_THROUGH_ROOT = {"tell": _tell_through_root, "flag_links": _tell_through_root_links}
+_EVERYWHERE = {"serve": _serve_everywhere, "spread": _spread_nothing}
+
 SERVED: dict[str, Exchange] = {
     "gather": Exchange(
-        _collect_words(_gather_rows), _serve_everywhere, _spread_nothing, _gather_links
+        collect=_collect_words(_gather_rows), links=_gather_links, **_AMONG_ALL, **_EVERYWHERE
     ),
-    "lazy": Exchange(_collect_words(_lazy_rows), _serve_everywhere, _spread_nothing, _lazy_links),
+    "lazy": Exchange(
+        collect=_collect_words(_lazy_rows), links=_lazy_links, **_AMONG_ALL, **_EVERYWHERE
+    ),
     "relay": Exchange(
-        _collect_words(_rows_by_relay), _serve_everywhere, _spread_nothing, _relay_links
+        collect=_collect_words(_rows_by_relay), links=_relay_links, **_THROUGH_ROOT, **_EVERYWHERE
     ),
     "server": Exchange(
-        _collect_words(_rows_at_root), _serve_at_root, _spread_from_root, _server_links
+        collect=_collect_words(_rows_at_root),
+        serve=_serve_at_root,
+        spread=_spread_from_root,
+        links=_server_links,
+        **_THROUGH_ROOT,
     ),
     "sharded": Exchange(
-        _collect_shards, _serve_shard, _spread_shards, _sharded_links, sharded=True
+        collect=_collect_shards,
+        serve=_serve_shard,
+        spread=_spread_shards,
+        links=_sharded_links,
+        **_AMONG_ALL,
+        sharded=True,
     ),
 }
 EXCHANGES = (*SERVED, "psum")
@@ -424,20 +506,33 @@ EXCHANGES = (*SERVED, "psum")
 
 def links(
     name: str,
+    *,
     upload_bytes: int,
     downlink_bytes: int,
+    flag_bytes: int,
     uploads_by_worker: Sequence[int],
     rounds_by_uploads: Sequence[int],
 ) -> Links:
-    """What a run moves over each worker's link, flags not included.
+    """What a run moves over each worker's link.
 
     Args:
       name: one of :data:`EXCHANGES`.
       upload_bytes: of one message.
       downlink_bytes: of what a server sends one worker in a round.
+      flag_bytes: of what says whether a worker uploads; 0 where all always do.
       uploads_by_worker: ``# length M``
       rounds_by_uploads: entry u is the number of rounds in which u workers uploaded.
         ``# length M + 1``
     """
-    count = _psum_links if name == "psum" else SERVED[name].links
-    return count(upload_bytes, downlink_bytes, list(uploads_by_worker), list(rounds_by_uploads))
+    uploads, rounds = list(uploads_by_worker), list(rounds_by_uploads)
+    if name == "psum":
+        return _psum_links(upload_bytes, downlink_bytes, uploads, rounds)
+    messages = SERVED[name].links(upload_bytes, downlink_bytes, uploads, rounds)
+    flags = SERVED[name].flag_links(len(uploads))
+    flags_per_link = flag_bytes * sum(rounds)
+    return Links(
+        *(
+            [moved + flags_per_link * flag for moved, flag in zip(*sides, strict=True)]
+            for sides in zip(messages, flags, strict=True)
+        )
+    )

@@ -31,11 +31,11 @@ class Ledger:
     >>> ledger.uploads, ledger.uplink_bytes, ledger.paper_uplink_bits, ledger.downlink_bytes
     (2, 1204, 6400, 160000)
 
-    Worker 0 is the server: its own upload and its own copy of the step stay at home. Three bytes
-    are the flags that tell the others whether it uploads.
+    Worker 0 is the server: its own upload and its own copy of the step stay at home. Each other
+    worker sends a flag that says whether it uploads, and hears the flags of all four.
 
     >>> ledger.sent_bytes, ledger.received_bytes
-    ((120003, 3, 603, 3), (603, 40003, 40003, 40003))
+    ((120012, 1, 601, 1), (603, 40004, 40004, 40004))
     """
 
     def __init__(self, opt_state: PyTree):
@@ -118,10 +118,14 @@ class Ledger:
             uploads = [self.rounds] * wire.num_workers
             rounds = [0] * wire.num_workers + [self.rounds]
         links = exchange.links(
-            wire.exchange, wire.upload_bytes, wire.downlink_bytes, uploads, rounds
+            wire.exchange,
+            upload_bytes=wire.upload_bytes,
+            downlink_bytes=wire.downlink_bytes,
+            flag_bytes=wire.flag_bytes,
+            uploads_by_worker=uploads,
+            rounds_by_uploads=rounds,
         )
-        flags = self.rounds * (wire.num_workers - 1) * wire.flag_bytes
-        return tuple(moved + flags for moved in links[direction])
+        return tuple(links[direction])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything needed to go on counting, for a checkpoint; exact in JSON."""

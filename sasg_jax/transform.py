@@ -245,7 +245,7 @@ def make_transform(
             memory = (), residual
         else:
             served = exchange_lib.SERVED[exchange]
-            flags = exchange_lib.gather_flags(worker.uploaded, axis_name) if rule.adaptive else None
+            flags = served.tell(worker.uploaded, axis_name) if rule.adaptive else None
             rows = served.collect(message, flags, axis_name)
             like = (
                 jax.eval_shape(lambda: params) if num_shards == 1 else one_shard(params, num_shards)

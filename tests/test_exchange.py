@@ -66,7 +66,7 @@ def test_collect_brings_uploads_to_the_server(name, run):
         message = jax.tree.map(
             lambda x: np.stack([np.roll(np.asarray(x), s, axis=-1) for s in range(M)], 1), MESSAGE
         )
-    collect = lambda m, flag: served.collect(m, exchange.gather_flags(flag, "workers"), "workers")
+    collect = lambda m, flag: served.collect(m, served.tell(flag, "workers"), "workers")
     for flags in np.array(FLAGS, bool):
         rows = run(collect, message, flags)
         for worker in range(1 if name == "server" else M):
@@ -197,50 +197,63 @@ def _collectives(name, exchange_name):
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({opcodes})(-start)?\(", line)
         if match:
-            pairs = re.search(r"source_target_pairs={{(\d),(\d)}}", line)
-            sizes = re.findall(r"(pred|u32|f32)\[([\d,]*)\]", match[1])
+            sizes = re.findall(r"(u8|u32|f32)\[([\d,]*)\]", match[1])
             size = sum(
-                (1 if dtype == "pred" else 4) * math.prod(map(int, filter(None, dims.split(","))))
+                (1 if dtype == "u8" else 4) * math.prod(map(int, filter(None, dims.split(","))))
                 for dtype, dims in sizes
             )
-            ends = (int(pairs[1]), int(pairs[2])) if pairs else None
+            pairs = re.search(r"source_target_pairs={(.*?)}}", line)
+            ends = None
+            if pairs:
+                ends = tuple((int(a), int(b)) for a, b in re.findall(r"(\d),(\d)", pairs[1]))
             found.append((match[2], size, ends))
     return sorted(found, key=str)
 
 
 def _permutes(pairs, size):
-    return [("collective-permute", size, pair) for pair in pairs]
+    return [("collective-permute", size, (pair,)) for pair in pairs]
 
 
-FLAG_GATHER = [("all-gather", M, None)]
+# Flags: two steps among all, of one byte and of two; or one byte to the root, and four from it.
+AROUND_1, AROUND_2 = ((tuple((m, (m - d) % M) for m in range(M))) for d in (1, 2))
+FLAGS_AMONG_ALL = [("collective-permute", 1, AROUND_1), ("collective-permute", 2, AROUND_2)]
 TO_ROOT, FROM_ROOT = [(1, 0), (2, 0), (3, 0)], [(0, 1), (0, 2), (0, 3)]
+FLAGS_THROUGH_ROOT = _permutes(TO_ROOT, 1) + _permutes(FROM_ROOT, M)
 PROGRAMS = {
     ("sgd", "psum"): [("all-reduce", DENSE, None)],
     ("sparse_sgd", "gather"): [("all-gather", M * WORDS, None)],
     ("sparse_sgd", "server"): _permutes(TO_ROOT, WORDS) + _permutes(FROM_ROOT, DENSE),
-    ("sasg", "gather"): [("all-gather", M * WORDS, None), *FLAG_GATHER],
+    ("sasg", "gather"): [("all-gather", M * WORDS, None), *FLAGS_AMONG_ALL],
     # One slot for one upload; for more, four workers had better gather.
     ("sasg", "lazy"): [
         ("all-reduce", WORDS, None),
         ("all-gather", M * WORDS, None),
-        *FLAG_GATHER,
+        *FLAGS_AMONG_ALL,
     ],
     ("sasg", "server"): [
         *_permutes(TO_ROOT, WORDS),
         *_permutes(FROM_ROOT, DENSE),
-        *FLAG_GATHER,
+        *FLAGS_THROUGH_ROOT,
     ],
     ("two_way", "server"): [
         *_permutes(TO_ROOT, WORDS),
         *_permutes(FROM_ROOT, WORDS),
-        *FLAG_GATHER,
+        *FLAGS_THROUGH_ROOT,
     ],
-    ("sasg", "relay"): _permutes(TO_ROOT, WORDS) + _permutes(FROM_ROOT, WORDS) + FLAG_GATHER,
-    ("lasg", "relay"): _permutes(TO_ROOT, DENSE) + _permutes(FROM_ROOT, DENSE) + FLAG_GATHER,
+    ("sasg", "relay"): [
+        *_permutes(TO_ROOT, WORDS),
+        *_permutes(FROM_ROOT, WORDS),
+        *FLAGS_THROUGH_ROOT,
+    ],
+    ("lasg", "relay"): [
+        *_permutes(TO_ROOT, DENSE),
+        *_permutes(FROM_ROOT, DENSE),
+        *FLAGS_THROUGH_ROOT,
+    ],
     ("two_way", "sharded"): [
         ("all-to-all", M * SHARD, None),
         ("all-gather", M * SHARD, None),
-        *FLAG_GATHER,
+        *FLAGS_AMONG_ALL,
     ],
 }
 
@@ -258,32 +271,30 @@ def test_ledger_counts_what_the_program_moves(name, exchange_name):
     tx = problems.METHODS[name](problems.LEARNING_RATE, num_workers=M, exchange=exchange_name)
     program = PROGRAMS[name, exchange_name]
     rounds = [[True] * M]
-    if ("all-gather", M, None) in program:
+    if name in problems.ADAPTIVE:
         rounds += [[False, True, False, False], [False] * M]
     for flags in rounds:
         sent, received = [0] * M, [0] * M
         uploads = sum(flags)
         for opcode, size, ends in program:
+            for source, target in ends or ():
+                times = 1
+                if size > M and target == 0:
+                    times = int(flags[source])
+                elif size > M and exchange_name == "relay":  # an upload goes to all but its sender
+                    times = uploads - flags[target]
+                sent[source] += times * size
+                received[target] += times * size
             if ends is None:
-                is_message = size != M
                 steps = {"all-gather": 1, "all-to-all": 1, "all-reduce": 2}[opcode]
                 down = exchange_name == "sharded" and opcode == "all-gather"
-                if is_message and uploads == 0 and not down:
+                if uploads == 0 and not down:
                     steps = 0
-                if exchange_name == "lazy" and is_message:
+                if exchange_name == "lazy":
                     steps *= opcode == ("all-reduce" if uploads == 1 else "all-gather")
                 for worker in range(M):
                     sent[worker] += steps * size * (M - 1) // M
                     received[worker] += steps * size * (M - 1) // M
-            else:
-                source, target = ends
-                times = 1
-                if target == 0:
-                    times = int(flags[source])
-                elif exchange_name == "relay":  # every upload goes on to all but its sender
-                    times = uploads - flags[target]
-                sent[source] += times * size
-                received[target] += times * size
         ledger = sasg_jax.Ledger(tx.init(problems.mlp_params()))
         ledger.record(flags)
         assert ledger.sent_bytes == tuple(sent)

@@ -197,10 +197,12 @@ def test_links_by_hand():
     def links(name="sasg", **kwargs):
         ledger = _ledger(name, **kwargs)
         ledger.record(flags)
-        flag_bytes = 3 * 3
+        told = [[3 * 3] * M] * 2  # three rounds, to and from three others
+        if kwargs["exchange"] in ("server", "relay"):  # a flag to the root, and from it all four
+            told = [[3 * 3 * 4, 3, 3, 3], [3 * 3, 3 * 4, 3 * 4, 3 * 4]]
         return [
-            [moved - flag_bytes for moved in side]
-            for side in (ledger.sent_bytes, ledger.received_bytes)
+            [moved - flag for moved, flag in zip(*sides, strict=True)]
+            for sides in zip((ledger.sent_bytes, ledger.received_bytes), told, strict=True)
         ]
 
     step = 3 * DENSE
