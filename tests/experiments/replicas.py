@@ -61,7 +61,15 @@ def run(config: Config, method: str, dataset: data.Dataset, group: cluster.Group
         seen["uploaded"].extend(info.uploaded)
         seen["params"].append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
 
-    record = training.train(config, method, 1, dataset, group=group, on_checkpoint=on_checkpoint)
+    record = training.train(
+        config,
+        method,
+        1,
+        dataset,
+        group=group,
+        one_by_one=group is None,
+        on_checkpoint=on_checkpoint,
+    )
     arrays = {name: np.asarray(values) for name, values in seen.items()}
     return {**arrays, "uploads": record.uploads, "accuracy": record.final_test_accuracy}
 
