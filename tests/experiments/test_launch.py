@@ -110,7 +110,7 @@ def processes_of(out, timeout=120):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     (settings,) = json.loads((out / "settings.json").read_text())
-    return [int(re.search(r"pid (\d+)", name)[1]) for name in settings["processes"]]
+    return [int(name.split()[1]) for name in settings["processes"]]  # "pid 123 on host"
 
 
 def assert_gone(pids, timeout=20):
