@@ -44,13 +44,13 @@ def mnist() -> data.Dataset:
     rng = np.random.default_rng(0)
     strokes = rng.integers(0, 200, (10, 7, 7, 1)).repeat(4, 1).repeat(4, 2)
 
-    def split(size):
+    def examples(size):
         labels = np.arange(size, dtype=np.int32) % 10
         noise = rng.integers(-120, 120, (size, 28, 28, 1))
         return np.clip(strokes[labels] + noise, 0, 255).astype(np.uint8), labels
 
     # 6,001 and 1,001: shards of unequal size, and parts of the test set.
-    return data.Dataset("synthetic", *split(6001), *split(1001), 10)
+    return data.Dataset("synthetic", *examples(6001), *examples(1001), 10)
 
 
 def run(config: Config, method: str, dataset: data.Dataset, group: cluster.Group | None) -> dict:
