@@ -55,6 +55,10 @@ def launch(
             _stop(started)
             for reader in readers:
                 reader.join(timeout=2)
+            for process in started:
+                for pipe in (process.stdin, process.stdout):
+                    if pipe is not None:
+                        pipe.close()
             if sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # the cursor, which a progress bar has hidden
     if failed is not None:

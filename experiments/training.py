@@ -44,6 +44,7 @@ def train(
     *,
     source: np.ndarray | None = None,
     group: Group | None = None,
+    one_by_one: bool = False,
     on_point: Callable[[Point], None] = lambda point: None,
     on_rounds: Callable[[int], None] = lambda rounds: None,
     on_checkpoint: Callable[[PyTree, sasg_jax.RoundInfo], None] = lambda params, info: None,
@@ -63,6 +64,9 @@ def train(
       group: the processes that run this together: all call it with the same arguments, and each
         gets the record. Every worker then has a device of its own, and its examples lie there. None
         simulates all workers on one device.
+      one_by_one: whether the simulation computes one worker's gradient after the other's, in the
+        shapes that one worker has. It is slower, but rounds as devices of their own do: top k makes
+        another choice of two nearly equal entries for a difference in the last bit.
       on_point: called after each evaluation.
       on_rounds: called with a number of rounds as they are done.
       on_checkpoint: called at each evaluation, with the parameters on this process's first device
@@ -89,6 +93,8 @@ def train(
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return (loss, written["batch_stats"]) if has_model_state else loss
 
+    if one_by_one:
+        loss_fn = _one_by_one(loss_fn, has_aux=has_model_state)
     mesh = None if group is None else Mesh(np.asarray(jax.devices()), ("workers",))
     train_step = sasg_jax.make_train_step(
         loss_fn,
@@ -272,6 +278,25 @@ def check_replicas(group: Group, params: PyTree, iteration: int) -> None:
             f"Expected the parameters after round {iteration:,} to be the same on all devices, bit "
             f"for bit, but on processes {different} they are not those of process 0's first device."
         )
+
+
+def _one_by_one(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., Any]:
+    """A loss whose gradients a map over workers computes one after the other."""
+
+    @jax.custom_batching.sequential_vmap
+    def value_and_grad(params, batch, extra):
+        return jax.value_and_grad(loss_fn, has_aux=has_aux)(params, batch, **extra)
+
+    @jax.custom_vjp
+    def loss(params, batch, extra):
+        return value_and_grad(params, batch, extra)[0]
+
+    def backward(grads, cotangent):
+        scale = cotangent[0] if has_aux else cotangent
+        return jax.tree.map(lambda g: scale * g, grads), None, None
+
+    loss.defvjp(value_and_grad, backward)
+    return lambda params, batch, **extra: loss(params, batch, extra)
 
 
 def _local(tree: PyTree) -> PyTree:

@@ -44,13 +44,13 @@ def mnist() -> data.Dataset:
     rng = np.random.default_rng(0)
     strokes = rng.integers(0, 200, (10, 7, 7, 1)).repeat(4, 1).repeat(4, 2)
 
-    def split(size):
+    def examples(size):
         labels = np.arange(size, dtype=np.int32) % 10
         noise = rng.integers(-120, 120, (size, 28, 28, 1))
         return np.clip(strokes[labels] + noise, 0, 255).astype(np.uint8), labels
 
     # 6,001 and 1,001: shards of unequal size, and parts of the test set.
-    return data.Dataset("synthetic", *split(6001), *split(1001), 10)
+    return data.Dataset("synthetic", *examples(6001), *examples(1001), 10)
 
 
 def run(config: Config, method: str, dataset: data.Dataset, group: cluster.Group | None) -> dict:
@@ -61,7 +61,15 @@ def run(config: Config, method: str, dataset: data.Dataset, group: cluster.Group
         seen["uploaded"].extend(info.uploaded)
         seen["params"].append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
 
-    record = training.train(config, method, 1, dataset, group=group, on_checkpoint=on_checkpoint)
+    record = training.train(
+        config,
+        method,
+        1,
+        dataset,
+        group=group,
+        one_by_one=group is None,
+        on_checkpoint=on_checkpoint,
+    )
     arrays = {name: np.asarray(values) for name, values in seen.items()}
     return {**arrays, "uploads": record.uploads, "accuracy": record.final_test_accuracy}
 

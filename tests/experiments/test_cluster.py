@@ -5,6 +5,7 @@ import queue
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def meet_all(places, purposes=None, timeout=5.0):
+def meet_all(places, purposes=None, timeout=5.0) -> list[Any]:
     """What :func:`cluster.meet` gives or raises in each of several threads."""
 
     def one(place, purpose):
@@ -182,7 +183,7 @@ class TestFindPlace:
     def test_options_come_before_the_environment(self):
         environment = {cluster.ADDRESS: "there:1", cluster.COUNT: "3", cluster.INDEX: "2"}
         assert find_place(environment=environment) == Place("there:1", 3, 2)
-        place = find_place(coordinator="[::1]:5", index=0, environment=environment)
+        place: Any = find_place(coordinator="[::1]:5", index=0, environment=environment)
         assert place == Place("[::1]:5", 3, 0)
         assert place.address == ("::1", 5)
 

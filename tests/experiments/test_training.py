@@ -160,6 +160,17 @@ def test_a_narrow_resnet_with_augmentation_runs(digits):
     assert record.model_state_bytes == channels * 2 * 4 * 3 * 2
 
 
+def test_one_by_one_is_the_same_run_up_to_rounding(digits):
+    for config in (DIGITS, dataclasses.replace(DIGITS, model="resnet18", width=2, augment=True)):
+        config = dataclasses.replace(config, iterations=2, evaluate_every=1, num_workers=2)
+        together, apart = (
+            run(config, "sasg", digits, one_by_one=one_by_one)[1] for one_by_one in (False, True)
+        )
+        for point, other in zip(together, apart, strict=True):
+            assert point.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+            assert point.uploads == other.uploads
+
+
 @pytest.mark.parametrize("method", PAPER_METHODS)
 def test_every_method_learns_the_digits(digits, method):
     config = dataclasses.replace(CONFIGS["digits"], iterations=600)
