@@ -71,7 +71,7 @@ class Host:
         """Builds and compiles the programs of one method over one exchange.
 
         Returns:
-          Bytes of the state that this worker holds on its device.
+          Bytes of the live arrays of the state that this worker holds on its device.
         """
         config = dataclasses.replace(self.config, exchange=exchange)
         tx = make_optimizer(config, method)
@@ -86,11 +86,13 @@ class Host:
             self._whole_round()
             self._reset(config, tx)
             state = find_state(self._state.opt_state)
-            sizes = {"worker": _local_bytes(state.worker), "server": _local_bytes(state.server)}
         else:
-            state = jax.eval_shape(tx.init, variables["params"])
-            sizes = {"worker": _bytes(state.worker), "server": _bytes(state.server)}
-        return sizes | {"wire": dataclasses.asdict(find_state(state).wire)}
+            state = find_state(tx.init(self._variables()["params"]))
+        return {
+            "worker": _local_bytes(state.worker),
+            "server": _local_bytes(state.server),
+            "wire": dataclasses.asdict(state.wire),
+        }
 
     def whole_round(self) -> dict[str, Any]:
         """Makes a round of training: gradients, rule, selection, exchange, step."""
@@ -210,10 +212,6 @@ def _local(x: jax.Array) -> np.ndarray:
 
 def _local_bytes(tree: PyTree) -> int:
     return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
-
-
-def _bytes(tree: PyTree) -> int:
-    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":

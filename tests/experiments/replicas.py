@@ -14,20 +14,31 @@ import jax
 import numpy as np
 
 from experiments import cluster, data, training
-from experiments.configs import CONFIGS, Config
+from experiments.configs import CONFIGS
 
 CONFIG = dataclasses.replace(CONFIGS["mnist_fc"], num_workers=4, iterations=300)
+METHODS_AND_EXCHANGES = (
+    ("sgd", "psum"),
+    ("sparse", "gather"),
+    ("lasg", "lazy"),
+    ("sasg", "gather"),
+    ("sasg", "lazy"),
+    ("sasg", "relay"),
+    ("sasg", "server"),
+    ("sasg_two_way", "server"),
+    ("sasg_two_way", "sharded"),
+)
 PAIRS = {
     f"{method}-{exchange}": dataclasses.replace(CONFIG, exchange=exchange)
-    for method, exchange in (
-        ("sgd", "psum"),
-        ("sparse", "gather"),
-        ("lasg", "gather"),
-        ("sasg", "gather"),
-        ("sasg_two_way", "gather"),
-    )
+    for method, exchange in METHODS_AND_EXCHANGES
 }
 """What is compared: every method, and every exchange."""
+
+NARROW = {
+    f"{method}-{exchange}-narrow": dataclasses.replace(CONFIG, exchange=exchange, width=32)
+    for method, exchange in METHODS_AND_EXCHANGES
+}
+"""The same with a small network, which takes little time."""
 
 
 def mnist() -> data.Dataset:
@@ -53,8 +64,10 @@ def mnist() -> data.Dataset:
     return data.Dataset("synthetic", *examples(6001), *examples(1001), 10)
 
 
-def run(config: Config, method: str, dataset: data.Dataset, group: cluster.Group | None) -> dict:
+def run(name: str, dataset: data.Dataset, group: cluster.Group | None) -> dict:
     """What happened: uploads in every round, and the parameters at every checkpoint."""
+    config = (PAIRS | NARROW)[name]
+    method = name.split("-")[0]
     seen = {"uploaded": [], "params": []}
 
     def on_checkpoint(params, info):
@@ -80,8 +93,7 @@ def main(folder: str, *names: str) -> None:
     with cluster.join(place, "a comparison", timeout=120) as group:
         dataset = mnist()
         for name in names:
-            method = name.rpartition("-")[0]
-            seen = run(PAIRS[name], method, dataset, group)
+            seen = run(name, dataset, group)
             np.savez(pathlib.Path(folder) / f"{name}-{group.index}.npz", **seen)
 
 

@@ -52,8 +52,7 @@ def simulations(dataset):
 
     def simulation(name):
         if name not in simulated:
-            method = name.rpartition("-")[0]
-            simulated[name] = replicas.run(replicas.PAIRS[name], method, dataset, None)
+            simulated[name] = replicas.run(name, dataset, None)
         return simulated[name]
 
     return simulation
@@ -78,9 +77,17 @@ def test_four_processes_do_what_the_simulation_does(four_processes, simulations,
     assert_same_run(four_processes, name, 4, simulations(name))
 
 
-def test_several_devices_in_a_process(tmp_path, simulations):
-    launch.launch([str(tmp_path), "sasg-gather"], 2, 2, program=SCRIPT)
-    assert_same_run(tmp_path, "sasg-gather", 2, simulations("sasg-gather"))
+@pytest.fixture(scope="module")
+def two_by_two(tmp_path_factory, paths_of_children):
+    """A folder with what two processes of two devices each have seen."""
+    folder = tmp_path_factory.mktemp("two_by_two")
+    launch.launch([str(folder), *replicas.NARROW], 2, 2, program=SCRIPT)
+    return folder
+
+
+@pytest.mark.parametrize("name", replicas.NARROW)
+def test_several_devices_in_a_process(two_by_two, simulations, name):
+    assert_same_run(two_by_two, name, 2, simulations(name))
 
 
 # --- Failures -----------------------------------------------------------------------------------
