@@ -26,7 +26,7 @@ from experiments.training import train
 from sasg_jax.exchange import EXCHANGES
 
 ConfigName = Literal["digits", "mnist_fc", "fashion_fc", "cifar10_resnet18", "cifar100_resnet18"]
-Method = Literal["sgd", "sparse", "lasg", "sasg", "sasg_two_way"]
+Method = Literal["sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way"]
 if TYPE_CHECKING:
     Exchange = str
 else:
@@ -107,7 +107,7 @@ class Compare(Options):
 
     sgd sends every gradient whole; sparse sends the 1 % largest entries and keeps the rest for
     later; lasg sends whole gradients, but only from workers whose gradient has changed enough;
-    sasg does both; sasg_two_way also sends only 1 % of the step back.
+    sasg does both; sparse_two_way and sasg_two_way also send only 1 % of the step back.
 
     Prints a table of what each needed to reach the target accuracy, and writes summary.json, a
     curve for each run, and curves.png.

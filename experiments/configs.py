@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-METHODS = ("sgd", "sparse", "lasg", "sasg", "sasg_two_way")
-"""The paper's four methods, and SASG with a sparse way down."""
+METHODS = ("sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way")
+"""The paper's four methods, and Sparse and SASG with a sparse way down."""
 
 PAPER_METHODS = METHODS[:4]
 

@@ -18,11 +18,18 @@ LABELS = {
     "sparse": "Sparse",
     "lasg": "LASG",
     "sasg": "SASG",
+    "sparse_two_way": "Sparse, two-way",
     "sasg_two_way": "SASG, two-way",
 }
 
-# Blue, orange, green, red, purple of a palette that is told apart without colour vision.
-_COLOURS = dict(zip(METHODS, ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"), strict=True))
+# Blue, orange, green, red, brown, purple of a palette that is told apart without colour vision.
+_COLOURS = dict(
+    zip(
+        METHODS,
+        ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#ca9161", "#cc78bc"),
+        strict=True,
+    )
+)
 
 
 def plot_curves(store: Store, path: pathlib.Path, title: str) -> None:

@@ -23,8 +23,9 @@ def make_optimizer(config: Config, method: str) -> optax.GradientTransformationE
     shared: dict[str, Any] = {"num_workers": workers, "exchange": exchange_of(config, method)}
     if method == "sgd":
         return sasg_jax.sgd(rate, **shared)
-    if method == "sparse":
-        return sasg_jax.sparse_sgd(rate, density=config.density, **shared)
+    downlink = sasg_jax.top_k(config.density) if method.endswith("two_way") else None
+    if method in ("sparse", "sparse_two_way"):
+        return sasg_jax.sparse_sgd(rate, density=config.density, downlink=downlink, **shared)
     rule = {
         **shared,
         "max_staleness": config.max_staleness,
@@ -35,7 +36,6 @@ def make_optimizer(config: Config, method: str) -> optax.GradientTransformationE
     }
     if method == "lasg":
         return sasg_jax.lasg(rate, **rule)
-    downlink = sasg_jax.top_k(config.density) if method == "sasg_two_way" else None
     return sasg_jax.sasg(rate, density=config.density, downlink=downlink, **rule)
 
 
@@ -43,6 +43,7 @@ def exchange_of(config: Config, method: str) -> str:
     """How the messages of a method travel: as the configuration says, or the method's own way."""
     if config.exchange is not None:
         return config.exchange
-    factory = {"sgd": sasg_jax.sgd, "sparse": sasg_jax.sparse_sgd, "lasg": sasg_jax.lasg}
+    factory = {"sgd": sasg_jax.sgd, "lasg": sasg_jax.lasg}
+    factory |= dict.fromkeys(("sparse", "sparse_two_way"), sasg_jax.sparse_sgd)
     parameters = inspect.signature(factory.get(method, sasg_jax.sasg)).parameters
     return parameters["exchange"].default

@@ -39,12 +39,17 @@ PAIRS = {
     "sparse": ("gather", "server"),
     "lasg": ("lazy", "server"),
     "sasg": ("gather", "lazy", "relay", "server"),
+    "sparse_two_way": ("server", "sharded"),
     "sasg_two_way": ("server", "sharded"),
 }
 """The exchanges that make sense for each method."""
 
 # After a round, until acknowledgements have come to rest.
 _SETTLE = 0.03
+# An exchange this short is made several times on end: starting it takes as long as waiting for it.
+_SHORT, _REPEATS = 0.5, 5
+# Before a round, so that all hosts are ready when it starts.
+_LEAD = 0.15
 
 
 class WireError(RuntimeError):
@@ -85,9 +90,10 @@ class Measurement:
     kernel_total: float
     """Sent by all hosts in a round."""
     round_ms: float | None
-    """Median of whole rounds, from the first start to the last end on any host."""
+    """Median of whole rounds, from the common start to the last end on any host."""
     communication_ms: float
-    """Median of the exchange alone, with the same workers uploading."""
+    """Median of the exchange alone, with the same workers uploading; if it is short, of several
+    on end."""
     worker_state_bytes: int
     """Residual, stale parameters and counters of one worker."""
     server_state_bytes: int
@@ -234,24 +240,27 @@ def measure(
     by_round: list[dict[str, Any]] = []
     if setting.compute and adaptive:  # in the first rounds everybody uploads
         for _ in range(CONFIGS[setting.config].history):
-            conductor.ask("whole_round")
+            conductor.ask("whole_round", start=time.monotonic())
+    same = {"uploaded": True, "repeats": 1}
+    _, took, _ = _counted(counters, conductor, "exchange_only", [same] * setting.hosts)
+    repeats = _REPEATS if took < _SHORT else 1
     for t in range(setting.rounds):
         if setting.compute:
-            answers, moved = _counted(counters, conductor, "whole_round")
+            answers, took, moved = _counted(counters, conductor, "whole_round")
             flags = [answer["uploaded"] for answer in answers]
-            whole.append(_duration(answers))
+            whole.append(took)
         else:
             flags, moved = _some(setting, t) if adaptive else [True] * setting.hosts, None
-        own = [{"uploaded": flag} for flag in flags]
-        answers, moved_alone = _counted(counters, conductor, "exchange_only", own)
-        alone.append(_duration(answers))
+        own = [{"uploaded": flag, "repeats": repeats} for flag in flags]
+        _, took, moved_alone = _counted(counters, conductor, "exchange_only", own)
+        alone.append(took / repeats)
         ledger.record(np.asarray(flags))
-        moved = moved_alone if moved is None else moved
+        counted, rounds_counted = (moved_alone, repeats) if moved is None else (moved, 1)
         by_round.append(
             {
                 "uploaded": flags,
-                "sent": [m.sent for m in moved],
-                "received": [m.received for m in moved],
+                "sent": [m.sent / rounds_counted for m in counted],
+                "received": [m.received / rounds_counted for m in counted],
                 "communication_ms": 1e3 * alone[-1],
             }
         )
@@ -302,20 +311,19 @@ def _counted(
     conductor: Conductor,
     do: str,
     requests: list[dict[str, Any]] | None = None,
-) -> tuple[list[dict[str, Any]], list[network.Counters]]:
+) -> tuple[list[dict[str, Any]], float, list[network.Counters]]:
+    """The hosts' answers, the seconds until the last was done, and what each host's link moved."""
     before = counters()
-    answers = conductor.ask(do, requests)
+    start = time.monotonic() + _LEAD
+    answers = conductor.ask(do, requests, start=start)
+    took = max(answer["end"] for answer in answers) - start
     time.sleep(_SETTLE)
     after = counters()
-    return answers, [
+    moved = [
         network.Counters(a.sent - b.sent, a.received - b.received)
         for a, b in zip(after, before, strict=True)
     ]
-
-
-def _duration(answers: list[dict[str, Any]]) -> float:
-    # The hosts are on one machine, and so have one clock.
-    return max(a["end"] for a in answers) - min(a["start"] for a in answers)
+    return answers, took, moved
 
 
 # The command --------------------------------------------------------------------------------------
@@ -352,13 +360,9 @@ class Wire:
     rounds: int = 20
     """How many rounds of each method and exchange."""
 
-    methods: tuple[Literal["sgd", "sparse", "lasg", "sasg", "sasg_two_way"], ...] = (
-        "sgd",
-        "sparse",
-        "lasg",
-        "sasg",
-        "sasg_two_way",
-    )
+    methods: tuple[
+        Literal["sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way"], ...
+    ] = ("sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way")
     """Which methods to measure."""
 
     exchanges: Annotated[

@@ -80,10 +80,10 @@ class Host:
         self._state: Any = None
         self._round = self._batches = None
         self._exchange = self._make_exchange(config, method, exchange, variables["params"])
-        self._exchange_once(True)
+        self.exchange_only(True, time.monotonic(), 1)
         if compute:
             self._round = self._make_round(config, tx)
-            self._whole_round()
+            self._whole_round(time.monotonic())
             self._reset(config, tx)
             state = find_state(self._state.opt_state)
         else:
@@ -94,13 +94,19 @@ class Host:
             "wire": dataclasses.asdict(state.wire),
         }
 
-    def whole_round(self) -> dict[str, Any]:
-        """Makes a round of training: gradients, rule, selection, exchange, step."""
-        return self._whole_round()
+    def whole_round(self, start: float) -> dict[str, Any]:
+        """Makes a round of training: gradients, rule, selection, exchange, step.
 
-    def exchange_only(self, uploaded: bool) -> dict[str, Any]:
-        """Moves what a round moves, and computes nothing."""
-        return self._exchange_once(uploaded)
+        ``start`` is when, on the clock that all hosts on this machine have in common.
+        """
+        return self._whole_round(start)
+
+    def exchange_only(self, uploaded: bool, start: float, repeats: int) -> dict[str, Any]:
+        """Moves what a round moves, so many times on end, and computes nothing."""
+        flag = self._of_this_worker(np.asarray(uploaded))
+        _sleep_until(start)
+        jax.block_until_ready([self._exchange(*self._messages, flag) for _ in range(repeats)])
+        return {"end": time.monotonic()}
 
     # Whole rounds ---------------------------------------------------------------------------------
 
@@ -143,14 +149,13 @@ class Host:
             noise = rng.normal(size=(config.batch_size, *shape)).astype(np.float32)
             yield means[labels] + 2 * noise, labels
 
-    def _whole_round(self) -> dict[str, Any]:
+    def _whole_round(self, start: float) -> dict[str, Any]:
         assert self._round is not None
         assert self._batches is not None
         batch = jax.tree.map(self._of_this_worker, next(self._batches))
-        start = time.monotonic()
+        _sleep_until(start)
         self._state, info = jax.block_until_ready(self._round(self._state, batch))
-        end = time.monotonic()
-        return {"start": start, "end": end, "uploaded": bool(_local(info.uploaded)[0])}
+        return {"end": time.monotonic(), "uploaded": bool(_local(info.uploaded)[0])}
 
     # The exchange alone ---------------------------------------------------------------------------
 
@@ -160,8 +165,8 @@ class Host:
         """The collectives of a round, on messages of the sizes that the method's have."""
         dense, sparse = sasg_jax.identity(), sasg_jax.top_k(config.density)
         up = dense if method in ("sgd", "lasg") else sparse
-        down = sparse if method == "sasg_two_way" else dense
-        adaptive = method not in ("sgd", "sparse")
+        down = sparse if method.endswith("two_way") else dense
+        adaptive = method in ("lasg", "sasg", "sasg_two_way")
         served, down_of = params, params
         if exchange == "sharded":
             up, down_of = per_shard(up, config.num_workers), one_shard(params, config.num_workers)
@@ -193,17 +198,15 @@ class Host:
         )
         return program
 
-    def _exchange_once(self, uploaded: bool) -> dict[str, Any]:
-        flag = self._of_this_worker(np.asarray(uploaded))
-        start = time.monotonic()
-        jax.block_until_ready(self._exchange(*self._messages, flag))
-        return {"start": start, "end": time.monotonic()}
-
     def _of_this_worker(self, x: np.ndarray) -> jax.Array:
         """A global array with a leading axis over workers, of which this one holds ``x``."""
         sharding = NamedSharding(self._mesh, PartitionSpec(_AXIS))
         shape = (self.config.num_workers, *x.shape)
         return jax.make_array_from_process_local_data(sharding, x[None], shape)
+
+
+def _sleep_until(start: float) -> None:
+    time.sleep(max(0.0, start - time.monotonic()))
 
 
 def _local(x: jax.Array) -> np.ndarray:

@@ -33,6 +33,7 @@ def test_learning_rate_without_decay_is_the_number():
         ("sparse", False, 60, 4000),
         ("lasg", True, 4000, 4000),
         ("sasg", True, 60, 4000),
+        ("sparse_two_way", False, 60, 60),
         ("sasg_two_way", True, 60, 60),
     ],
 )
