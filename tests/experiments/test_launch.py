@@ -47,13 +47,18 @@ def four_processes(tmp_path_factory, paths_of_children):
 
 @pytest.fixture(scope="module")
 def simulations(dataset):
-    """What the simulation of four workers sees, by method and exchange."""
+    """What the simulation of four workers sees, by name.
+
+    All exchanges but one have the same mathematics, and share the simulation of one of them.
+    """
     simulated = {}
 
     def simulation(name):
-        if name not in simulated:
-            simulated[name] = replicas.run(name, dataset, None)
-        return simulated[name]
+        method, exchange, *width = name.split("-")
+        key = method, exchange == "sharded", *width
+        if key not in simulated:
+            simulated[key] = replicas.run(name, dataset, None)
+        return simulated[key]
 
     return simulation
 
