@@ -493,18 +493,17 @@ def wire_tables(title: str, measurements: Sequence[Measurement]) -> list[rich.ta
         result.add_column("Method", no_wrap=True)
         result.add_column("Exchange", no_wrap=True)
         for column in columns:
-            result.add_column(column, justify="right")
+            result.add_column(column, justify="right", no_wrap=True)
         return result
 
-    def pair(ledger, kernel):
-        return format_bytes(ledger), "" if kernel is None else format_bytes(kernel)
-
+    by_host = all(m.kernel_sent for m in measurements)
     moved = table(
         "what moves in a round",
-        *("Uploads", "Sent", "by kernel", "Received", "by kernel", "All hosts", "by kernel"),
-        caption="Uploads: of all hosts, a round. Sent and received: by one worker that is not "
-        "the server, a mean. By ledger, and as the kernel counted it, headers and "
-        "acknowledgements included.",
+        "Uploads",
+        *(("Sent", "by kernel", "Received", "by kernel") if by_host else ("Sent", "by kernel")),
+        caption="Uploads: of all hosts, a round. "
+        + ("Of one worker that is not the server, a mean: " if by_host else "Of all hosts: ")
+        + "by ledger, and as the kernel counted, headers and acknowledgements included.",
     )
     times = table(
         "times and memory",
@@ -516,17 +515,15 @@ def wire_tables(title: str, measurements: Sequence[Measurement]) -> list[rich.ta
     )
     dense = [m for m in measurements if (m.method, m.exchange) == ("sgd", "psum")]
     for m in measurements:
-        sent, received = m.of_a_worker(m.ledger_sent), m.of_a_worker(m.ledger_received)
-        kernel = (None, None)
-        if m.kernel_sent and m.kernel_received:
-            kernel = m.of_a_worker(m.kernel_sent), m.of_a_worker(m.kernel_received)
+        counts = [sum(m.ledger_sent), m.kernel_total]
+        if by_host and m.kernel_sent and m.kernel_received:
+            sides = m.ledger_sent, m.kernel_sent, m.ledger_received, m.kernel_received
+            counts = [m.of_a_worker(side) for side in sides]
         moved.add_row(
             LABELS[m.method],
             m.exchange,
             f"{m.uploads_per_round:.1f}",
-            *pair(sent, kernel[0]),
-            *pair(received, kernel[1]),
-            *pair(sum(m.ledger_sent), m.kernel_total),
+            *map(format_bytes, counts),
         )
         times.add_row(
             LABELS[m.method],
