@@ -9,10 +9,18 @@ import pytest
 from experiments import network, wire
 
 HOSTS = 4
-# 784-2048-10: 1,628,170 parameters, messages of 130 kB.
+# 784-4096-10: 3,256,330 parameters, messages of 260 kB.
 SETTING = wire.Setting(
-    config="mnist_fc", width=2048, hosts=HOSTS, rounds=4, compute=False, upload_fraction=0.5
+    config="mnist_fc", width=4096, hosts=HOSTS, rounds=4, compute=False, upload_fraction=0.5
 )
+PAIRS = [
+    ("sasg_two_way", "server"),
+    ("sasg_two_way", "sharded"),
+    ("sparse", "gather"),
+    ("sgd", "psum"),
+    ("sasg", "lazy"),
+    ("sasg", "relay"),
+]
 needs_network = pytest.mark.skipif(
     (why := network.why_unavailable()) is not None, reason=why or "available"
 )
@@ -21,14 +29,13 @@ needs_network = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def measurements():
     """Of some pairs, on links of 1 Gbit/s; compiled once for all tests."""
-    pairs = [("sasg_two_way", "server"), ("sparse", "gather"), ("sgd", "psum"), ("sasg", "lazy")]
     with network.Network(HOSTS, "1gbit") as net, wire.on_network(SETTING, net) as hosts:
-        return {pair: wire.measure(*hosts, SETTING, *pair) for pair in pairs}
+        return {pair: wire.measure(*hosts, SETTING, *pair) for pair in PAIRS}
 
 
 @needs_network
 def test_workers_send_what_the_ledger_says_and_silent_ones_nothing(measurements):
-    """Of one message of 130 kB up: within 2 % of it, or under 1 kB where there is none."""
+    """Of one message of 260 kB up: within 2 % of it, or under 1 kB where there is none."""
     measured = measurements["sasg_two_way", "server"]
     assert measured.message_bytes > 100_000
     silent = 0
@@ -48,9 +55,7 @@ def test_workers_send_what_the_ledger_says_and_silent_ones_nothing(measurements)
 
 
 @needs_network
-@pytest.mark.parametrize(
-    "pair", [("sasg_two_way", "server"), ("sparse", "gather"), ("sgd", "psum"), ("sasg", "lazy")]
-)
+@pytest.mark.parametrize("pair", PAIRS)
 def test_ledger_equals_the_wire(measurements, pair):
     """On every host's link, the server's too, and in both directions."""
     measured = measurements[pair]
@@ -68,14 +73,21 @@ def test_state_is_that_of_the_messages(measurements):
 
 
 def test_loopback_totals_equal_the_ledger():
-    """Where there is no root: what crosses the loopback, of all processes together."""
+    """Where there is no root: what crosses the loopback, of all processes together.
+
+    Other programs on this machine may add to it, so that the best of three counts.
+    """
     setting = wire.Setting("mnist_fc", 2048, 2, 3, compute=False, upload_fraction=0.5)
+    excess = []
     with wire.on_loopback(setting) as (conductor, counters):
-        measured = wire.measure(conductor, counters, setting, "sparse", "server")
-        assert measured.kernel_sent is None
-        total = sum(measured.ledger_sent)
-        assert total > 3_000_000
-        assert measured.kernel_total == pytest.approx(total, rel=0.02)
+        for _ in range(3):
+            measured = wire.measure(conductor, counters, setting, "sparse", "server")
+            assert measured.kernel_sent is None
+            total = sum(measured.ledger_sent)
+            assert total > 3_000_000
+            excess.append(measured.kernel_total / total - 1)
+    assert min(excess) > 0
+    assert min(excess) < 0.02
 
 
 def test_a_host_that_ends_is_named_with_what_it_said():
