@@ -87,6 +87,22 @@ def update_if(
     return conditional(active, carried, operands)
 
 
+@custom_vmap
+def for_all(flag: jax.Array) -> jax.Array:
+    """``flag``, or under ``vmap`` whether it holds for all entries: the same for all of them.
+
+    For a ``lax.cond`` that skips work which no entry needs. With a flag for each entry it would
+    become a select, and copy for each entry whatever the branches close over.
+    """
+    return flag
+
+
+@for_all.def_vmap
+def _for_all_rule(size, batched, flag):
+    del size
+    return (flag.all() if batched[0] else flag), False
+
+
 def sum_rows(rows: jax.Array) -> jax.Array:
     """Sums over the leading axis, one row after another, so that all replicas get the same bits.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sasg_jax.compressors import Compressor
-from sasg_jax.control_flow import update_if
+from sasg_jax.control_flow import for_all, update_if
 from sasg_jax.upload_rules import UploadRule, must_upload
 
 PyTree = Any
@@ -82,10 +82,11 @@ def worker_round(
     if rule.adaptive:
         forced = must_upload(rule, state.staleness, round)
         innovation = lax.cond(
-            forced,
+            for_all(forced),
             lambda: jnp.zeros((), jnp.float32),
             lambda: squared_distance(grads, stale_grads_fn(state.stale_params)),
         )
+        innovation = jnp.where(forced, 0, innovation)
         # A finite sum of squares of g - g' vouches for g. Otherwise g itself is looked at.
         _, not_finite = update_if(
             forced | ~jnp.isfinite(innovation), lambda _, g: ((), ~_all_finite(g)), (), grads

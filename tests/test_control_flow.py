@@ -7,7 +7,7 @@ import numpy as np
 import problems
 import pytest
 
-from sasg_jax.control_flow import sum_rows, update_if
+from sasg_jax.control_flow import for_all, sum_rows, update_if
 
 
 def _double_and_add(carried, x):
@@ -118,3 +118,41 @@ def test_sum_rows_is_a_left_fold_bit_for_bit():
     for row in rows[1:]:
         total = total + row
     np.testing.assert_array_equal(jax.jit(sum_rows)(rows), total)
+
+
+# for_all ------------------------------------------------------------------------------------------
+
+
+def test_for_all_is_the_flag_of_one_entry():
+    assert jax.jit(for_all)(jnp.array(True))
+    assert not jax.jit(for_all)(jnp.array(False))
+
+
+@pytest.mark.parametrize("flags", [[True, True, True], [True, False, True], [False] * 3])
+def test_for_all_under_vmap_is_the_same_for_all_entries(flags):
+    held = jax.vmap(for_all, out_axes=None)(jnp.array(flags))
+    assert bool(held) == all(flags)
+
+
+@pytest.mark.parametrize(("flags", "runs"), [([True, True], 0), ([True, False], 1)])
+def test_a_branch_that_no_entry_needs_is_not_run(flags, runs):
+    """And what it closes over is not copied for every entry: custom_vmap would refuse that."""
+    seen = []
+    constant = jnp.arange(3.0)
+
+    @jax.custom_batching.sequential_vmap
+    def work(x):
+        return jnp.sum(x * constant)
+
+    def entry(flag, x):
+        def needed():
+            jax.debug.callback(lambda: seen.append(1))
+            return work(x)
+
+        return jax.lax.cond(for_all(flag), lambda: 0.0, needed)
+
+    x = jnp.ones((2, 3))
+    got = jax.jit(jax.vmap(entry))(jnp.array(flags), x)
+    jax.effects_barrier()
+    assert bool(seen) == bool(runs)
+    np.testing.assert_array_equal(got, [3.0 * runs] * 2)
