@@ -1,6 +1,10 @@
 """Eight CPU devices for the drivers that need several, and no silent rank promotion."""
 
 import os
+import signal
+
+# A shell's background jobs ignore Ctrl-C, and what they start inherits that; tests interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read when jax starts its backend. Code that is compiled fast rather than well halves the time
 # that the tests take.
