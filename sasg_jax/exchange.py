@@ -22,7 +22,6 @@ workers' messages already stand in one array, and nothing need move: each exchan
 expression of the same mathematics.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.flatten_util import ravel_pytree
 
 from sasg_jax.control_flow import sum_rows, update_if
 
@@ -71,9 +71,9 @@ def psum(message: PyTree, axis_name: str) -> PyTree:
     Half-precision messages are summed in float32, as the server's memory is.
     """
 
-    def simulated(size, operands, batched):
+    def simulated(size, message, batched):
         return jax.tree.map(
-            lambda x, is_batched: sum_rows(x) if is_batched else x * size, operands, batched
+            lambda x, is_batched: sum_rows(x) if is_batched else x * size, message, batched
         )
 
     def wide(x):
@@ -81,20 +81,10 @@ def psum(message: PyTree, axis_name: str) -> PyTree:
 
     def on_devices(message):
         # One vector: a sum of every tensor by itself waits as often as there are tensors.
-        leaves, treedef = jax.tree.flatten(message)
-        total = lax.psum(jnp.concatenate([x.reshape(-1) for x in leaves]), axis_name)
-        ends = itertools.accumulate(x.size for x in leaves)
-        parts = jnp.split(total, list(ends)[:-1])
-        return treedef.unflatten(
-            [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, leaves, strict=True)]
-        )
+        vector, to_tree = ravel_pytree(message)
+        return to_tree(lax.psum(vector, axis_name))
 
-    total = _over_workers(
-        on_devices,
-        simulated,
-        axis_name,
-        jax.tree.map(wide, message),
-    )
+    total = _over_workers(on_devices, simulated, axis_name, jax.tree.map(wide, message))
     return jax.tree.map(lambda x, like: x.astype(like.dtype), total, message)
 
 
@@ -105,16 +95,19 @@ def _over_workers(
     on_devices: Callable[..., PyTree],
     simulated: Callable[[int, PyTree, PyTree], PyTree],
     axis_name: str,
+    message: PyTree,
     *operands: PyTree,
 ) -> PyTree:
-    """``on_devices(*operands)``, or under vmap over workers what ``simulated`` makes of them all.
+    """``on_devices(message, *operands)``, or under vmap over workers what ``simulated`` makes of
+    the messages of all.
 
     Args:
       on_devices: the worker's view, with collectives. It must not close over traced values.
-      simulated: ``simulated(size, operands, batched)`` gets the operands of all workers, with a
+      simulated: ``simulated(size, message, batched)`` gets the messages of all workers, with a
         leading axis where ``batched``. Its result is the same on all workers.
       axis_name: the mapped axis over workers.
-      *operands: pytrees of arrays.
+      message: a pytree of arrays.
+      *operands: what else ``on_devices`` needs; a simulation does not.
     """
 
     @custom_vmap
@@ -129,13 +122,11 @@ def _over_workers(
             axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, operands_batched)
             result = jax.vmap(call, in_axes=(None, axes), axis_size=size)(worker, operands)
             return result, jax.tree.map(lambda _: True, result)
-        operands = jax.tree.map(jnp.asarray, operands)
-        if len(operands) == 1:
-            operands, operands_batched = operands[0], operands_batched[0]
-        result = simulated(size, operands, operands_batched)
+        message = jax.tree.map(jnp.asarray, operands[0])
+        result = simulated(size, message, operands_batched[0])
         return result, jax.tree.map(lambda _: False, result)
 
-    return call(lax.axis_index(axis_name), operands)
+    return call(lax.axis_index(axis_name), (message, *operands))
 
 
 def _stacked(size: int, tree: PyTree, batched: PyTree) -> PyTree:
@@ -157,10 +148,7 @@ def _collect_words(
             rows = words_to_rows(_pack(message), flags, axis_name)
             return jax.vmap(lambda row: _unpack(row, shapes))(rows)
 
-        def simulated(size, operands, batched):
-            return _stacked(size, operands[0], batched[0])
-
-        return _over_workers(on_devices, simulated, axis_name, message, flags)
+        return _over_workers(on_devices, _stacked, axis_name, message, flags)
 
     return collect
 
@@ -224,10 +212,7 @@ def _tell_all(uploaded: jax.Array, axis_name: str) -> jax.Array:
             known = jnp.concatenate([known, news])
         return jnp.roll(known, lax.axis_index(axis_name)).astype(bool)
 
-    def simulated(size, uploaded, batched):
-        return _stacked(size, uploaded, batched)
-
-    return _over_workers(on_devices, simulated, axis_name, uploaded)
+    return _over_workers(on_devices, _stacked, axis_name, uploaded)
 
 
 def _tell_through_root(uploaded: jax.Array, axis_name: str) -> jax.Array:
@@ -242,10 +227,7 @@ def _tell_through_root(uploaded: jax.Array, axis_name: str) -> jax.Array:
         flags = [flag] + [lax.ppermute(flag, axis_name, [(m, 0)]) for m in range(1, size)]
         return _from_root(jnp.stack(flags), axis_name).astype(bool)
 
-    def simulated(size, uploaded, batched):
-        return _stacked(size, uploaded, batched)
-
-    return _over_workers(on_devices, simulated, axis_name, uploaded)
+    return _over_workers(on_devices, _stacked, axis_name, uploaded)
 
 
 def _tell_all_links(size: int) -> Links:
@@ -356,7 +338,8 @@ def _rows_at_root(words, flags, axis_name):
 
 
 def _serve_at_root(fn, axis_name, memory, *operands):
-    def on_devices(memory, operands):
+    def on_devices(served):
+        memory, operands = served
         down = jax.eval_shape(fn, memory, *operands)[1]
 
         def nothing(memory):
@@ -365,12 +348,12 @@ def _serve_at_root(fn, axis_name, memory, *operands):
         at_root = lax.axis_index(axis_name) == 0
         return lax.cond(at_root, lambda memory: fn(memory, *operands), nothing, memory)
 
-    def simulated(size, operands, batched):
+    def simulated(size, served, batched):
         del size, batched
-        memory, operands = operands
+        memory, operands = served
         return fn(memory, *operands)
 
-    return _over_workers(on_devices, simulated, axis_name, memory, operands)
+    return _over_workers(on_devices, simulated, axis_name, (memory, operands))
 
 
 def _spread_from_root(down, axis_name):
