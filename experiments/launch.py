@@ -32,7 +32,7 @@ def launch(
     Raises:
       SystemExit: a process failed; the message names it.
     """
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, *program, *command]
     started: list[subprocess.Popen[str]] = []
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
@@ -162,7 +162,8 @@ def _number(processes: int) -> str:
     return "1 process" if processes == 1 else f"{processes} processes"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens at now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 

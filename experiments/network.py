@@ -78,6 +78,13 @@ class Counters(NamedTuple):
     received: int
 
 
+def read_counters(path: str, interface: str) -> Counters:
+    """What has crossed an interface, by a file like ``/proc/net/dev``."""
+    (line,) = re.findall(rf"\b{interface}:(.*)", pathlib.Path(path).read_text())
+    fields = line.split()
+    return Counters(sent=int(fields[8]), received=int(fields[0]))
+
+
 class Network:
     """Hosts on this machine, joined by a switch. A context manager.
 
@@ -168,10 +175,7 @@ class Network:
         """What has crossed each host's link since the network was made."""
         counters = []
         for first in self._first:
-            interfaces = pathlib.Path(f"/proc/{first}/net/dev").read_text()
-            (line,) = re.findall(r"eth0:(.*)", interfaces)
-            fields = line.split()
-            counters.append(Counters(sent=int(fields[8]), received=int(fields[0])))
+            counters.append(read_counters(f"/proc/{first}/net/dev", "eth0"))
         return counters
 
     def _build(self, stack: contextlib.ExitStack) -> None:

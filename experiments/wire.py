@@ -9,7 +9,6 @@ import pathlib
 import platform
 import selectors
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,10 +28,10 @@ import sasg_jax
 from experiments import network
 from experiments.configs import CONFIGS
 from experiments.figures import LABELS, plot_wire
+from experiments.launch import free_port
 from experiments.methods import make_optimizer
 from experiments.tables import format_bytes
 from sasg_jax.exchange import EXCHANGES
-from sasg_jax.transform import WireSizes
 
 PAIRS = {
     "sgd": ("psum", "server"),
@@ -171,10 +170,7 @@ def on_loopback(setting: Setting) -> Iterator[tuple[Conductor, Callable]]:
         return subprocess.Popen(argv, **options)
 
     def counters():
-        lines = pathlib.Path("/proc/net/dev").read_text().splitlines()
-        (line,) = (line for line in lines if line.strip().startswith("lo:"))
-        fields = line.split(":")[1].split()
-        return [network.Counters(sent=int(fields[8]), received=int(fields[0]))]
+        return [network.read_counters("/proc/net/dev", "lo")]
 
     with _conduct(setting, start, "127.0.0.1") as conductor:
         yield conductor, counters
@@ -202,7 +198,7 @@ def _conduct(setting: Setting, start: Callable, address: str) -> Iterator[Conduc
             stack.callback(_end, process)
             processes.append(process)
         conductor = Conductor(processes, logs)
-        coordinator = f"{address}:{_free_port() if address == '127.0.0.1' else 29400}"
+        coordinator = f"{address}:{free_port() if address == '127.0.0.1' else 29400}"
         conductor.ask(
             "meet",
             [{"index": i} for i in range(setting.hosts)],
@@ -217,12 +213,6 @@ def _conduct(setting: Setting, start: Callable, address: str) -> Iterator[Conduc
 def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 # Measurements -------------------------------------------------------------------------------------
@@ -292,7 +282,7 @@ def _ledger(wire: dict[str, Any]) -> sasg_jax.Ledger:
     workers = wire["num_workers"]
     return sasg_jax.Ledger.from_dict(
         {
-            "wire": dataclasses.asdict(WireSizes(**wire)),
+            "wire": wire,
             "uploads_by_worker": [0] * workers,
             "rounds_by_uploads": [0] * (workers + 1),
             "model_state_bytes": 0,

@@ -83,7 +83,7 @@ class Host:
         self.exchange_only(True, time.monotonic(), 1)
         if compute:
             self._round = self._make_round(config, tx)
-            self._whole_round(time.monotonic())
+            self.whole_round(time.monotonic())
             self._reset(config, tx)
             state = find_state(self._state.opt_state)
         else:
@@ -99,7 +99,12 @@ class Host:
 
         ``start`` is when, on the clock that all hosts on this machine have in common.
         """
-        return self._whole_round(start)
+        assert self._round is not None
+        assert self._batches is not None
+        batch = jax.tree.map(self._of_this_worker, next(self._batches))
+        _sleep_until(start)
+        self._state, info = jax.block_until_ready(self._round(self._state, batch))
+        return {"end": time.monotonic(), "uploaded": bool(_local(info.uploaded)[0])}
 
     def exchange_only(self, uploaded: bool, start: float, repeats: int) -> dict[str, Any]:
         """Moves what a round moves, so many times on end, and computes nothing."""
@@ -148,14 +153,6 @@ class Host:
             labels = rng.integers(10, size=config.batch_size, dtype=np.int32)
             noise = rng.normal(size=(config.batch_size, *shape)).astype(np.float32)
             yield means[labels] + 2 * noise, labels
-
-    def _whole_round(self, start: float) -> dict[str, Any]:
-        assert self._round is not None
-        assert self._batches is not None
-        batch = jax.tree.map(self._of_this_worker, next(self._batches))
-        _sleep_until(start)
-        self._state, info = jax.block_until_ready(self._round(self._state, batch))
-        return {"end": time.monotonic(), "uploaded": bool(_local(info.uploaded)[0])}
 
     # The exchange alone ---------------------------------------------------------------------------
 
