@@ -1,6 +1,5 @@
 """The methods under comparison, as the optimisers of sasg_jax."""
 
-import inspect
 from typing import Any
 
 import optax
@@ -20,7 +19,9 @@ def learning_rate(config: Config) -> optax.ScalarOrSchedule:
 def make_optimizer(config: Config, method: str) -> optax.GradientTransformationExtraArgs:
     """The optimiser of one of :data:`experiments.configs.METHODS`."""
     rate, workers = learning_rate(config), config.num_workers
-    shared: dict[str, Any] = {"num_workers": workers, "exchange": exchange_of(config, method)}
+    shared: dict[str, Any] = {"num_workers": workers}
+    if config.exchange is not None:
+        shared["exchange"] = config.exchange
     if method == "sgd":
         return sasg_jax.sgd(rate, **shared)
     downlink = sasg_jax.top_k(config.density) if method.endswith("two_way") else None
@@ -37,13 +38,3 @@ def make_optimizer(config: Config, method: str) -> optax.GradientTransformationE
     if method == "lasg":
         return sasg_jax.lasg(rate, **rule)
     return sasg_jax.sasg(rate, density=config.density, downlink=downlink, **rule)
-
-
-def exchange_of(config: Config, method: str) -> str:
-    """How the messages of a method travel: as the configuration says, or the method's own way."""
-    if config.exchange is not None:
-        return config.exchange
-    factory = {"sgd": sasg_jax.sgd, "lasg": sasg_jax.lasg}
-    factory |= dict.fromkeys(("sparse", "sparse_two_way"), sasg_jax.sparse_sgd)
-    parameters = inspect.signature(factory.get(method, sasg_jax.sasg)).parameters
-    return parameters["exchange"].default

@@ -16,9 +16,10 @@ import sasg_jax
 from experiments import data
 from experiments.cluster import ClusterError, Group
 from experiments.configs import Config
-from experiments.methods import exchange_of, make_optimizer
+from experiments.methods import make_optimizer
 from experiments.models import make_model
 from experiments.records import Point, Record
+from sasg_jax.transform import find_state
 
 PyTree = Any
 
@@ -227,7 +228,7 @@ def train(
         method=method,
         seed=seed,
         num_workers=config.num_workers,
-        exchange=exchange_of(config, method),
+        exchange=find_state(state.opt_state).wire.exchange,
         driver="vmap" if mesh is None else "shard_map",
         processes=1 if group is None else group.count,
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
