@@ -84,7 +84,8 @@ def load(
     An archive whose sha256 is not the one registered in tensorflow-datasets, such as a rebuilt or
     shortened one, is used all the same, but never silently: a warning is logged and
     ``Dataset.name`` becomes ``"<name> (unregistered archive)"``, now and whenever that prepared set
-    is read again.
+    is read again. The first line of a file ``label.txt`` beside the archive takes the place of
+    "unregistered archive", e.g. "JPEG" for recompressed images.
 
     Args:
       name: ``"digits"`` or a tensorflow-datasets name, optionally with a config.
@@ -130,7 +131,7 @@ def load(
         _prepare(tfds, builder, name, archives, cache, marker)
     label = name
     if marker.exists():
-        label = f"{name} (unregistered archive)"
+        label = f"{name} ({json.loads(marker.read_text())['label']})"
         _log.warning(
             "%s was prepared from archives that tensorflow-datasets does not know, see %s: its "
             "results are labelled %r.",
@@ -160,6 +161,19 @@ def load(
             raise _shapes_error(name, *shapes)
         _write_cache(cache_file, fingerprint, arrays)
     return Dataset(name=label, num_classes=num_classes, **arrays)
+
+
+def load_named(
+    names: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    archives: str | os.PathLike[str] | None = None,
+) -> tuple[Dataset, np.ndarray | None]:
+    """One data set, or several joined by "+" with the set that each training example is of.
+
+    Args and errors are those of :func:`load` and :func:`combine`.
+    """
+    datasets = [load(name, data_dir=data_dir, archives=archives) for name in names.split("+")]
+    return combine(datasets) if len(datasets) > 1 else (datasets[0], None)
 
 
 def _load_digits() -> Dataset:
@@ -293,7 +307,8 @@ def _prepare(
             ", ".join(unregistered),
         )
         marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(unregistered, indent=2) + "\n")
+        marked = {"label": _archive_label(manual_dir), "files": unregistered}
+        marker.write_text(json.dumps(marked, indent=2) + "\n")
 
     # TensorFlow encodes a few images; it must not take the accelerators' memory for that.
     with contextlib.suppress(RuntimeError):  # It is already running: then that is the caller's.
@@ -307,6 +322,13 @@ def _prepare(
     ):
         config = tfds.download.DownloadConfig(manual_dir=manual_dir, extract_dir=extract_dir)
         builder.download_and_prepare(download_config=config)
+
+
+def _archive_label(directory: pathlib.Path | None) -> str:
+    """What the results of an unregistered archive are labelled with."""
+    path = None if directory is None else directory / "label.txt"
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return (lines and lines[0].strip()) or "unregistered archive"
 
 
 def _file_name(url: str, url_info: Any) -> str:

@@ -248,6 +248,14 @@ class TestUnregisteredArchives:
         assert dataset.num_classes == 100  # The fine labels: the supervised ones.
         assert_holds(dataset, train, test)
 
+    def test_a_file_beside_the_archive_says_what_it_is(self, tmp_path):
+        write_cifar10(tmp_path / "archives" / "cifar-10-binary.tar.gz", seed=0)
+        (tmp_path / "archives" / "label.txt").write_text("JPEG\nmore about it\n")
+        archives, data_dir = tmp_path / "archives", tmp_path / "data"
+        for again in ({"archives": archives}, {}):
+            dataset = data.load("cifar10", data_dir=data_dir, **again)
+            assert dataset.name == "cifar10 (JPEG)"
+
     @pytest.mark.parametrize("cached", [True, False])
     def test_label_outlives_the_preparation(self, cifar10, cached, caplog):
         data_dir, _, train, test = cifar10
@@ -268,7 +276,7 @@ class TestUnregisteredArchives:
         checksum_file = tfds.core.utils.tfds_path() / "url_checksums" / "cifar10.txt"
         assert info.checksum in checksum_file.read_text()
         (marker,) = data_dir.glob("cifar10/unregistered_archive-*.json")
-        recorded = json.loads(marker.read_text())["cifar-10-binary.tar.gz"]
+        recorded = json.loads(marker.read_text())["files"]["cifar-10-binary.tar.gz"]
         assert recorded["registered_sha256"] == info.checksum
         assert recorded["sha256"] not in checksum_file.read_text()
 
@@ -277,7 +285,7 @@ class TestUnregisteredArchives:
 
         data_dir, archives, train, test = cifar10
         (marker,) = data_dir.glob("cifar10/unregistered_archive-*.json")
-        sha256 = json.loads(marker.read_text())["cifar-10-binary.tar.gz"]["sha256"]
+        sha256 = json.loads(marker.read_text())["files"]["cifar-10-binary.tar.gz"]["sha256"]
         size = (archives / "cifar-10-binary.tar.gz").stat().st_size
         shutil.rmtree(data_dir / "cifar10" / str(tfds.builder("cifar10").version))
         # As if this archive were the registered one.
