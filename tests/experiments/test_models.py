@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import models
 from experiments.configs import CONFIGS
 from experiments.models import MLP, ResNet18, make_model
 
@@ -66,3 +67,33 @@ def test_every_configuration_makes_its_model():
     for config in CONFIGS.values():
         model = make_model(config, 7)
         assert (model.num_classes, model.width) == (7, config.width)
+
+
+@pytest.mark.parametrize(("size", "stride", "height"), [(3, 1, 8), (3, 2, 8), (1, 2, 8), (3, 2, 7)])
+def test_a_convolution_as_a_product_is_jaxs_own(size, stride, height):
+    images = jax.random.normal(jax.random.key(0), (2, height, height, 3))
+    kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 5))
+    padding = ((size // 2, size // 2),) * 2
+
+    def reference(images, kernel):
+        return jax.lax.conv_general_dilated(
+            images,
+            kernel,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )
+
+    def ours(images, kernel):
+        return models._as_product(images, kernel, (stride, stride), padding)
+
+    want, got = reference(images, kernel), ours(images, kernel)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    cotangent = jax.random.normal(jax.random.key(2), want.shape)
+    for want, got in zip(
+        jax.vjp(reference, images, kernel)[1](cotangent),
+        jax.vjp(ours, images, kernel)[1](cotangent),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-4)
