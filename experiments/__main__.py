@@ -3,8 +3,11 @@
 import sys
 
 try:
+    import filelock  # noqa: F401
     import flax  # noqa: F401
+    import jinja2  # noqa: F401
     import matplotlib  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
     import rich  # noqa: F401
     import tyro  # noqa: F401
 except ImportError as error:

@@ -1,35 +1,33 @@
-"""The commands ``compare``, ``run``, ``launch`` and ``wire``."""
+"""The command line: which command does what, and its options."""
 
 import contextlib
 import dataclasses
 import datetime
 import pathlib
-import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
-import numpy as np
 import rich.console
-import rich.progress
 import tyro
 
-from experiments import cluster, data, wire
+from experiments import cluster, data, estimate, report, reproduce, runs, wire
 from experiments.configs import CONFIGS, PAPER_METHODS, Config
-from experiments.figures import LABELS, plot_curves
+from experiments.figures import plot_curves
 from experiments.launch import end_with_launcher, launch
 from experiments.methods import make_optimizer
-from experiments.records import Point, Store
+from experiments.records import ResultsError, Store
+from experiments.runs import Reporter, perform
 from experiments.tables import comparison_table, describe
-from experiments.training import train
 from sasg_jax.exchange import EXCHANGES
 
-ConfigName = Literal["digits", "mnist_fc", "fashion_fc", "cifar10_resnet18", "cifar100_resnet18"]
 Method = Literal["sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way"]
 if TYPE_CHECKING:
-    Exchange = str
+    ConfigName = Exchange = str
 else:
+    ConfigName = Literal[tuple(CONFIGS)]
     Exchange = Literal[tuple(EXCHANGES)]
 
 
@@ -44,7 +42,8 @@ class Options:
 
     config: tyro.conf.Positional[ConfigName]
     """The experiment: which data, model and settings. `digits` needs no download and a minute;
-    `mnist_fc` is the paper's setting for MNIST (784-512-10); the ResNet18 ones want a GPU."""
+    `mnist_fc` is the paper's setting for MNIST (784-512-10); the ResNet18 ones want a GPU, but for
+    the narrow ones."""
 
     iterations: Annotated[int | None, _optional("INT")] = None
     """Training rounds."""
@@ -69,6 +68,9 @@ class Options:
     """Hidden units of the fully connected network, or channels of the ResNet18's first stage (64 in
     the paper; 8 is small enough for a CPU)."""
 
+    density: Annotated[float | None, _optional("FLOAT", "1 %")] = None
+    """Part of the entries that the sparse methods send, in (0, 1]."""
+
     data_dir: Annotated[pathlib.Path | None, _optional("DIR", "~/tensorflow_datasets")] = None
     """Where tensorflow-datasets keeps prepared data."""
 
@@ -77,7 +79,14 @@ class Options:
     set), to prepare it from without a network."""
 
     out: Annotated[pathlib.Path | None, _optional("DIR", "results/CONFIG-DATE-TIME")] = None
-    """Where results go; nothing there is overwritten. Process 0 writes them."""
+    """Where results go; nothing there is overwritten. The same command again skips what is done
+    there and goes on with what was stopped. (Several processes must all see the folder.)"""
+
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print plain lines, and no progress bars."""
+
+    checkpoint_seconds: float = 60
+    """Time between two checkpoints, from which a run that was stopped goes on."""
 
     coordinator: Annotated[str | None, _optional("HOST:PORT", cluster.ADDRESS)] = None
     """To run over several processes, which you start yourself, all with the same command: where
@@ -110,7 +119,7 @@ class Compare(Options):
     sasg does both; sparse_two_way and sasg_two_way also send only 1 % of the step back.
 
     Prints a table of what each needed to reach the target accuracy, and writes summary.json, a
-    curve for each run, and curves.png.
+    folder for each run, and curves.png.
     """
 
     methods: tuple[Method, ...] = PAPER_METHODS
@@ -154,10 +163,23 @@ class Launch:
     """How many devices, and so workers, each of them has."""
 
 
+@dataclasses.dataclass
+class Report:
+    """Makes one page of all that `reproduce` has left in a folder, beside what the paper says.
+
+    Writes report.html, which needs nothing else to be looked at, and the figures and tables by
+    themselves (PNG, CSV) in a folder `report`. What is not there yet is said to be missing.
+    """
+
+    directory: tyro.conf.Positional[pathlib.Path]
+    """The folder of the results, as given to `reproduce --out`."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what the user can mend ends it with a message and status 1."""
     end_with_launcher()
     command = _parse(arguments)
+    given = arguments or sys.argv[1:]
     if isinstance(command, Launch):
         try:
             _check_launch(command)
@@ -165,10 +187,17 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"error: {error}")
         launch(command.command, command.processes, command.devices_per_process)
         return
-    if isinstance(command, wire.Wire):
+    if not isinstance(command, Options):
         try:
-            wire.work(command, arguments or sys.argv[1:])
-        except (ValueError, RuntimeError, OSError) as error:
+            if isinstance(command, wire.Wire):
+                wire.work(command, given)
+            elif isinstance(command, reproduce.Reproduce):
+                reproduce.work(command, given)
+            elif isinstance(command, estimate.Estimate):
+                estimate.work(command, given)
+            else:
+                print(f"Report: {report.write_report(command.directory)}")
+        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
         return
     try:
@@ -187,17 +216,23 @@ def main(arguments: list[str] | None = None) -> None:
             if place is not None:
                 purpose = _purpose(command)
                 group = stack.enter_context(cluster.join(place, purpose, command.connect_timeout))
-            _work(command, group, arguments or sys.argv[1:])
+            _work(command, group, given)
     except cluster.ClusterError as error:
         sys.exit(f"error: {error}")
 
 
-def _parse(arguments: list[str] | None) -> "Compare | Run | Launch | wire.Wire":
+Command = Compare | Run | Launch | wire.Wire | reproduce.Reproduce | estimate.Estimate | Report
+
+
+def _parse(arguments: list[str] | None) -> Command:
     return tyro.cli(
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Run, tyro.conf.subcommand("run")]
-        | Annotated[Launch, tyro.conf.subcommand("launch")]
-        | Annotated[wire.Wire, tyro.conf.subcommand("wire")],
+        | Annotated[reproduce.Reproduce, tyro.conf.subcommand("reproduce")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[estimate.Estimate, tyro.conf.subcommand("estimate")]
+        | Annotated[wire.Wire, tyro.conf.subcommand("wire")]
+        | Annotated[Launch, tyro.conf.subcommand("launch")],
         prog="python -m experiments",
         description="Train with little communication, and count what it takes.",
         args=arguments,
@@ -237,13 +272,18 @@ def _check(command: Options, devices: int | None = None) -> None:
         raise ValueError(f"Expected --connect-timeout={command.connect_timeout} to be above 0.")
     for method in methods:
         make_optimizer(config, method)  # refuses an exchange that it cannot take
-    if command.out is not None:
-        Store(command.out).check_free(config.name, _runs(methods, seeds))
+    if not command.checkpoint_seconds >= 0:
+        raise ValueError(
+            f"Expected --checkpoint-seconds={command.checkpoint_seconds} to be at least 0."
+        )
 
 
 def _purpose(command: Options) -> str:
     """What all processes of a run must agree on: all but what may differ between hosts."""
-    own = "data_dir archives out coordinator num_processes process_id distributed connect_timeout"
+    own = (
+        "data_dir archives out coordinator num_processes process_id distributed connect_timeout "
+        "quiet checkpoint_seconds"
+    )
     options = dataclasses.asdict(command).items()
     given = [f"{key}={value!r}" for key, value in options if key not in own.split()]
     return f"{type(command).__name__.lower()}({', '.join(given)})"
@@ -256,53 +296,45 @@ def _methods_and_seeds(command: Options) -> tuple[tuple[str, ...], tuple[int, ..
     return (command.method,), (command.seed,)
 
 
-def _runs(methods: tuple[str, ...], seeds: tuple[int, ...]) -> list[tuple[str, int]]:
-    return [(method, seed) for seed in seeds for method in methods]
-
-
-def _work(command: Options, group: cluster.Group | None, arguments: list[str]) -> None:
+def _work(command: Options, group: cluster.Group | None, arguments: Sequence[str]) -> None:
     """Trains, in one process or as one of several, of which only the first prints and writes."""
     is_main = group is None or group.is_main
     methods, seeds = _methods_and_seeds(command)
-    runs = _runs(methods, seeds)
     console = rich.console.Console(quiet=not is_main)
     try:
         config = configure(command, None if group is None else jax.device_count())
+        planned = [runs.Run(config, method, seed) for seed in seeds for method in methods]
         now = datetime.datetime.now()
-        default = pathlib.Path("results") / f"{config.name}-{now:%Y%m%d-%H%M%S}"
-        store = Store(command.out or default)
+        directory = command.out or pathlib.Path("results") / f"{config.name}-{now:%Y%m%d-%H%M%S}"
+        if group is not None:
+            directory = pathlib.Path(group.gather(str(directory.absolute()))[0])
+        store = Store(directory)
         if is_main:
-            store.check_free(config.name, runs)
+            store.check_config(config.name)
         if group is not None:
             group.doing = "while loading the data"
         with console.status("loading data"):
             if group is not None and not is_main:  # process 0 may have to prepare the data for all
                 group.gather()
-            dataset, source = load(config, command.data_dir, command.archives)
+            dataset, source = data.load_named(config.dataset, command.data_dir, command.archives)
             if group is not None and is_main:
                 group.gather()
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, ResultsError) as error:
         sys.exit(f"error: {error}")
-    if is_main:
-        devices = jax.devices()
-        settings = {
-            "command": shlex.join(["python", "-m", "experiments", *arguments]),
-            "started": now.isoformat(timespec="seconds"),
-            "config": {**dataclasses.asdict(config), "alpha_c": dict(config.alpha_c)},
-            "methods": methods,
-            "seeds": seeds,
-            "versions": {"python": platform.python_version(), "jax": jax.__version__},
-            "machine": f"{platform.machine()}, {devices[0].device_kind}",
-        }
-        if group is not None:
-            settings["processes"] = group.names
-            settings["devices"] = len(devices)
-        store.write_settings(settings)
     try:
-        with _progress(console) as progress:
-            for method, seed in runs:
-                _one_run(config, method, seed, dataset, source, store, progress, group)
-    except FloatingPointError as error:
+        with Reporter(console, plain=command.quiet) as reporter:
+            for run in planned:
+                perform(
+                    run,
+                    store,
+                    dataset,
+                    source,
+                    arguments=arguments,
+                    reporter=reporter,
+                    group=group,
+                    checkpoint_seconds=command.checkpoint_seconds,
+                )
+    except (FloatingPointError, ResultsError) as error:
         sys.exit(f"error: {error}")
     if not is_main:
         return
@@ -328,12 +360,15 @@ def configure(options: Options, devices: int | None = None) -> Config:
             f"Expected --num-workers={options.num_workers} to be the number of devices of all "
             f"processes, {devices}, or not to be given: each has one worker."
         )
+    if options.density is not None and not 0 < options.density <= 1:
+        raise ValueError(f"Expected --density={options.density} in (0, 1].")
     if not options.concentration > 0:
         raise ValueError(f"Expected --concentration={options.concentration} to be above 0.")
     changes: dict[str, Any] = {
         "iterations": options.iterations,
         "dataset": options.dataset,
         "width": options.width,
+        "density": options.density,
         "num_workers": options.num_workers if devices is None else devices,
         "exchange": options.exchange,
     }
@@ -347,52 +382,3 @@ def configure(options: Options, devices: int | None = None) -> Config:
     if "+" in config.dataset and config.partition != "iid":
         raise ValueError("Expected --partition=iid with several data sets: each has its workers.")
     return config
-
-
-def load(
-    config: Config, data_dir: pathlib.Path | None, archives: pathlib.Path | None
-) -> tuple[data.Dataset, np.ndarray | None]:
-    """The data of a configuration, and for several sets joined by "+" where examples come from."""
-    names = config.dataset.split("+")
-    datasets = [data.load(name, data_dir=data_dir, archives=archives) for name in names]
-    return data.combine(datasets) if len(datasets) > 1 else (datasets[0], None)
-
-
-def _one_run(config, method, seed, dataset, source, store, progress, group):
-    is_main = group is None or group.is_main
-    label = f"{LABELS[method]}, seed {seed}"
-    task = progress.add_task(label, total=config.iterations, status="compiling")
-
-    def on_point(point: Point) -> None:
-        if not is_main:
-            return
-        store.append_point(method, seed, point)
-        status = f"accuracy {point.test_accuracy:.2%}, {point.uploads:,} uploads"
-        progress.update(task, status=status)
-        if not progress.console.is_terminal and point.iteration % (10 * config.evaluate_every) == 0:
-            progress.console.print(f"{label}: round {point.iteration:,}, {status}")
-
-    record = train(
-        config,
-        method,
-        seed,
-        dataset,
-        source=source,
-        group=group,
-        on_point=on_point,
-        on_rounds=lambda rounds: progress.advance(task, rounds),
-    )
-    if is_main:
-        store.append_record(record)
-
-
-def _progress(console: rich.console.Console) -> rich.progress.Progress:
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-        rich.progress.TextColumn("{task.fields[status]}"),
-        console=console,
-        disable=console.quiet or not console.is_terminal,
-    )

@@ -1,11 +1,22 @@
-"""What runs leave behind: one record each in ``summary.json``, and curves that grow as they go."""
+"""What runs leave behind: curves that grow as they go, and a record of each when it is done."""
 
+import contextlib
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import platform
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import filelock
+import jax
+
+from experiments.configs import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +53,8 @@ class Record:
     downlink_bytes_at_target: int | None
     model_state_bytes: int
     """BatchNorm statistics averaged over workers for the evaluations."""
+    params_sha256: str
+    """Of the final parameters: equal for runs that ended in the same ones, bit for bit."""
     compute_seconds: float
     """Training alone: without compilation and evaluation."""
     ms_per_iteration: float
@@ -57,6 +70,8 @@ class Point:
     paper_uplink_bits: int
     uplink_bytes: int
     downlink_bytes: int
+    dense_bytes: int
+    """What would have crossed, both ways, with everything sent whole in every round."""
     test_accuracy: float
     train_loss: float
     upload_fraction: float
@@ -64,8 +79,12 @@ class Point:
     mean_staleness: float
 
 
+class ResultsError(RuntimeError):
+    """Results on disk do not go with the run that is to be added to them."""
+
+
 class Store:
-    """A directory of results, made with the first of them. It never replaces or removes any."""
+    """A directory of results: a folder for each run, and a summary of those that are done."""
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory
@@ -74,52 +93,186 @@ class Store:
     def summary_path(self) -> pathlib.Path:
         return self.directory / "summary.json"
 
+    def run(self, name: str) -> "RunFiles":
+        """The files of one run, which need not exist yet."""
+        return RunFiles(self.directory / "runs" / name)
+
+    def runs(self) -> list["RunFiles"]:
+        """All runs that have begun, in the order of their configurations, seeds and methods."""
+        found = map(RunFiles, (path.parent for path in self.directory.glob("runs/*/run.json")))
+        return sorted(found, key=lambda files: _order(files.about()))
+
     def records(self) -> list[dict[str, Any]]:
-        """All records so far, as they stand in ``summary.json``."""
-        return json.loads(self.summary_path.read_text()) if self.summary_path.exists() else []
+        """The records of all runs that are done, in the order of :meth:`runs`."""
+        records = [files.record() for files in self.runs()]
+        return [record for record in records if record is not None]
 
-    def curve_path(self, method: str, seed: int) -> pathlib.Path:
-        return self.directory / f"curve-{method}-seed{seed}.jsonl"
-
-    def check_free(self, config: str, runs: Sequence[tuple[str, int]]) -> None:
-        """Raises FileExistsError if runs (method and seed) would write over or among others'."""
-        for record in self.records():
-            if record["config"] != config:
-                raise FileExistsError(
-                    f"{self.summary_path} holds results of {record['config']}. Choose another "
-                    f"--out for {config}."
-                )
-        for method, seed in runs:
-            path = self.curve_path(method, seed)
-            if path.exists():
-                raise FileExistsError(
-                    f"{path} holds the curve of an earlier run of {method} with seed {seed}. "
-                    "Choose another --out, or move it away."
+    def check_config(self, name: str) -> None:
+        """Raises ResultsError if there are runs of another experiment than ``name``."""
+        for files in self.runs():
+            there = files.about()["config"]["name"]
+            if there != name:
+                raise ResultsError(
+                    f"{self.directory} holds results of {there}. Choose another --out for {name}."
                 )
 
-    def append_point(self, method: str, seed: int, point: Point) -> None:
-        """Adds one line to the curve, on disk when this returns."""
+    def write_summary(self) -> None:
+        """Writes all records to ``summary.json``, which is whole at any moment."""
+        write_json(self.summary_path, self.records())
+
+
+class RunFiles:
+    """The folder of one run.
+
+    ``run.json`` says what is run and how; ``curve.jsonl`` has a line for each evaluation;
+    ``checkpoints`` is there while the run is not done, and ``record.json`` and ``params`` (saved by
+    orbax) after it. Nothing in it is ever written over.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+        self.checkpoints_path = directory / "checkpoints"
+        self.params_path = directory / "params"
+        self.curve_path = directory / "curve.jsonl"
+        self._about_path = directory / "run.json"
+        self._record_path = directory / "record.json"
+        self._lock = filelock.FileLock(directory / "lock", timeout=0)
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    def about(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        return json.loads(self._about_path.read_text())
+
+    def check(self, spec: Mapping[str, Any]) -> None:
+        """Raises ResultsError if the folder holds a run other than ``spec`` describes."""
+        if not self._about_path.exists():
+            return
+        there, here = _flat(self.about()), _flat(_as_json(spec))
+        del there["sessions"]
+        different = [
+            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        ]
+        if different:
+            raise ResultsError(
+                f"{self.directory} holds another run: {'; '.join(different)}. Choose another --out."
+            )
+
+    @contextlib.contextmanager
+    def claimed(self, spec: Mapping[str, Any]) -> Iterator[None]:
+        """Keeps the run to this process; begins it, or goes on with it.
+
+        Raises:
+          ResultsError: the folder holds another run, or another process is at work on it.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self.curve_path(method, seed).open("a") as file:
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise ResultsError(f"Another process is at work on {self.directory}.") from None
+        try:
+            self.check(spec)
+            if not self._about_path.exists():
+                write_json(self._about_path, {**spec, "sessions": []})
+            self._drop_torn_line()
+            yield
+        finally:
+            self._lock.release()
+
+    def add_session(self, session: Mapping[str, Any]) -> None:
+        """Adds where, when and from which round the run is made."""
+        about = self.about()
+        about["sessions"].append(dict(session))
+        write_json(self._about_path, about)
+
+    def append_point(self, point: Point) -> None:
+        """Adds one line to the curve, on disk when this returns.
+
+        A point that is there already, from before the run was stopped, must come again as it was.
+
+        Raises:
+          ResultsError: it does not.
+        """
+        for earlier in reversed(self.curve()):
+            if earlier["iteration"] < point.iteration:
+                break
+            if earlier["iteration"] == point.iteration:
+                if earlier != _as_json(dataclasses.asdict(point)):
+                    raise ResultsError(
+                        f"Round {point.iteration:,} of {self.directory} did not come again as it "
+                        "was before the run was stopped. Is this another machine, or another "
+                        "version of jax? Choose another --out."
+                    )
+                return
+        with self.curve_path.open("a") as file:
             file.write(json.dumps(dataclasses.asdict(point)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    def curve(self, method: str, seed: int) -> list[dict[str, Any]]:
-        """The points of one curve."""
-        lines = self.curve_path(method, seed).read_text().splitlines()
-        return [json.loads(line) for line in lines]
+    def curve(self) -> list[dict[str, Any]]:
+        """The points of the curve so far."""
+        if not self.curve_path.exists():
+            return []
+        whole, _, _ = self.curve_path.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
-    def append_record(self, record: Record) -> None:
-        """Adds a record to ``summary.json``, which is whole at any moment."""
-        self._write(self.summary_path, [*self.records(), dataclasses.asdict(record)])
+    def record(self) -> dict[str, Any] | None:
+        """The outcome; None while the run is not done."""
+        return json.loads(self._record_path.read_text()) if self._record_path.exists() else None
 
-    def write_settings(self, settings: dict[str, Any]) -> None:
-        """Adds how the runs were made (command, configuration, versions) to ``settings.json``."""
-        path = self.directory / "settings.json"
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        self._write(path, [*earlier, settings])
+    def finish(self, record: Record) -> None:
+        """Writes the outcome and removes what was only needed to go on."""
+        write_json(self._record_path, dataclasses.asdict(record))
+        shutil.rmtree(self.checkpoints_path, ignore_errors=True)
 
-    def _write(self, path: pathlib.Path, content: Any) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
+    def _drop_torn_line(self) -> None:
+        """Removes the end of a line that a process was writing as it died."""
+        if self.curve_path.exists():
+            text = self.curve_path.read_bytes()
+            os.truncate(self.curve_path, text.rfind(b"\n") + 1)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a file that is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def session(arguments: Sequence[str]) -> dict[str, Any]:
+    """The command that is running, when it began, on which machine and with which versions."""
+    packages = ("jax", "jaxlib", "optax", "flax", "sasg_jax")
+    return {
+        "command": shlex.join(["python", "-m", "experiments", *arguments]),
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def _order(about: dict[str, Any]) -> tuple[Any, ...]:
+    config = about["config"]
+    return config["name"], about["seed"], METHODS.index(about["method"]), config["density"]
+
+
+def _as_json(content: Any) -> Any:
+    """As it comes back from a file: lists for tuples, and so on."""
+    return json.loads(json.dumps(content))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

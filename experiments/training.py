@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
 from experiments import data
+from experiments.checkpoints import Checkpoints, Progress
 from experiments.cluster import ClusterError, Group
 from experiments.configs import Config
 from experiments.methods import make_optimizer
@@ -45,10 +46,12 @@ def train(
     *,
     source: np.ndarray | None = None,
     group: Group | None = None,
-    one_by_one: bool = False,
+    one_by_one: bool | None = None,
     on_point: Callable[[Point], None] = lambda point: None,
     on_rounds: Callable[[int], None] = lambda rounds: None,
-    on_checkpoint: Callable[[PyTree, sasg_jax.RoundInfo], None] = lambda params, info: None,
+    on_evaluation: Callable[[PyTree, sasg_jax.RoundInfo], None] = lambda params, info: None,
+    checkpoints: Checkpoints | None = None,
+    on_start: Callable[[int], None] = lambda iteration: None,
 ) -> Record:
     """Trains and evaluates.
 
@@ -66,12 +69,16 @@ def train(
         gets the record. Every worker then has a device of its own, and its examples lie there. None
         simulates all workers on one device.
       one_by_one: whether the simulation computes one worker's gradient after the other's, in the
-        shapes that one worker has. It is slower, but rounds as devices of their own do: top k makes
-        another choice of two nearly equal entries for a difference in the last bit.
+        shapes that one worker has, and so rounds as devices of their own do: top k makes another
+        choice of two nearly equal entries for a difference in the last bit. None takes what is
+        faster: all at once, but for convolutions on a CPU.
       on_point: called after each evaluation.
       on_rounds: called with a number of rounds as they are done.
-      on_checkpoint: called at each evaluation, with the parameters on this process's first device
+      on_evaluation: called at each evaluation, with the parameters on this process's first device
         and the reports of the rounds since the last one, with a leading axis over rounds.
+      checkpoints: where the run saves what it needs to go on, and from where it goes on if it was
+        stopped: with the same results, bit for bit, as if it had not been. None saves nothing.
+      on_start: called once, with the number of rounds that were made before.
 
     Raises:
       FloatingPointError: the training loss is not finite.
@@ -82,8 +89,10 @@ def train(
     shards = partition(config, dataset, source, seed)
     normalise = _normaliser(dataset.train_images)
     model = make_model(config, dataset.num_classes)
-    variables = model.init(params_key, normalise(dataset.train_images[:2]), train=True)
+    variables = model.init(params_key, normalise(dataset.train_images[:2]), train=False)
     params, model_state = variables["params"], variables.get("batch_stats", {})
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    params_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     has_model_state = bool(model_state)
 
     def loss_fn(params, batch, *, model_state=None, key: Any = None):
@@ -94,6 +103,8 @@ def train(
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return (loss, written["batch_stats"]) if has_model_state else loss
 
+    if one_by_one is None:
+        one_by_one = config.model == "resnet18" and jax.default_backend() == "cpu" and group is None
     if one_by_one:
         loss_fn = _one_by_one(loss_fn, has_aux=has_model_state)
     mesh = None if group is None else Mesh(np.asarray(jax.devices()), ("workers",))
@@ -174,27 +185,31 @@ def train(
         return correct / len(dataset.test_labels)
 
     compiled: dict[int, Any] = {}  # by number of rounds, so that compilation is not timed
-    at_target: Point | None = None
+    progress = Progress()
+    if checkpoints is not None:
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state, progress = restored
+            ledger = sasg_jax.Ledger.from_dict(progress.ledger)
+    on_start(progress.iteration)
     point: Point | None = None
-    seconds: list[tuple[int, float]] = []
-    infos: list[sasg_jax.RoundInfo] = []
-    iteration = 0
-    while iteration < config.iterations:
-        to_evaluation = config.evaluate_every - iteration % config.evaluate_every
-        rounds = min(config.rounds_per_call, to_evaluation, config.iterations - iteration)
-        arguments = (state, examples, batch_order(iteration, rounds))
+    while progress.iteration < config.iterations:
+        start = progress.iteration
+        to_evaluation = config.evaluate_every - start % config.evaluate_every
+        rounds = min(config.rounds_per_call, to_evaluation, config.iterations - start)
+        arguments = (state, examples, batch_order(start, rounds))
         if rounds not in compiled:
             compiled[rounds] = run_rounds.lower(*arguments).compile()
         if group is not None:
-            group.doing = f"in rounds {iteration + 1:,} to {iteration + rounds:,} of {method}"
+            group.doing = f"in rounds {start + 1:,} to {start + rounds:,} of {method}"
             group.gather()  # a collective does not wait as long as another compilation may take
-        start = time.perf_counter()
+        started_at = time.perf_counter()
         state, info = jax.block_until_ready(compiled[rounds](*arguments))
-        seconds.append((rounds, time.perf_counter() - start))
-        iteration += rounds
-        infos.append(jax.device_get(info))
+        progress.seconds.append((rounds, time.perf_counter() - started_at))
+        progress.iteration = iteration = start + rounds
+        progress.reports.append(jax.device_get(info))
         ledger.record(info.uploaded)
-        if not np.isfinite(infos[-1].loss).all():
+        if not np.isfinite(progress.reports[-1].loss).all():
             raise FloatingPointError(
                 f"{method} (seed {seed}) diverged: the training loss is not finite after "
                 f"{iteration} rounds. Lower the learning rate."
@@ -202,26 +217,34 @@ def train(
         if iteration % config.evaluate_every == 0 or iteration == config.iterations:
             if group is not None:
                 check_replicas(group, state.params, iteration)
-            recent = jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
-            infos.clear()
-            on_checkpoint(_local(state.params), recent)
+            recent = jax.tree.map(lambda *parts: np.concatenate(parts), *progress.reports)
+            progress.reports.clear()
+            on_evaluation(_local(state.params), recent)
             point = Point(
                 iteration=iteration,
                 uploads=ledger.uploads,
                 paper_uplink_bits=ledger.paper_uplink_bits,
                 uplink_bytes=ledger.uplink_bytes,
                 downlink_bytes=ledger.downlink_bytes,
+                dense_bytes=2 * iteration * config.num_workers * params_bytes,
                 test_accuracy=test_accuracy(state),
                 train_loss=float(recent.loss.mean()),
                 upload_fraction=float(recent.uploaded.mean()),
                 mean_staleness=float(recent.staleness.mean()),
             )
-            if at_target is None and point.test_accuracy >= config.target_accuracy:
-                at_target = point
+            if progress.at_target is None and point.test_accuracy >= config.target_accuracy:
+                progress.at_target = point
             on_point(point)
+        if checkpoints is not None and iteration < config.iterations:
+            due = checkpoints.is_due()
+            if due if group is None else group.gather(due)[0]:
+                progress.ledger = ledger.to_dict()
+                checkpoints.save(state, progress)
         on_rounds(rounds)
 
-    assert point is not None  # the last round is always evaluated
+    assert point is not None  # the last round is always made, and evaluated
+    at_target = progress.at_target
+    taken = progress.seconds
     return Record(
         config=config.name,
         dataset=dataset.name,
@@ -231,8 +254,8 @@ def train(
         exchange=find_state(state.opt_state).wire.exchange,
         driver="vmap" if mesh is None else "shard_map",
         processes=1 if group is None else group.count,
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        iterations=iteration,
+        num_parameters=num_parameters,
+        iterations=progress.iteration,
         uploads=ledger.uploads,
         target_accuracy=config.target_accuracy,
         iterations_at_target=at_target and at_target.iteration,
@@ -246,8 +269,9 @@ def train(
         downlink_bytes=ledger.downlink_bytes,
         downlink_bytes_at_target=at_target and at_target.downlink_bytes,
         model_state_bytes=ledger.model_state_bytes,
-        compute_seconds=sum(taken for _, taken in seconds),
-        ms_per_iteration=1000 * float(np.median([taken / rounds for rounds, taken in seconds])),
+        params_sha256=digest(_local(state.params)),
+        compute_seconds=sum(seconds for _, seconds in taken),
+        ms_per_iteration=1000 * float(np.median([seconds / rounds for rounds, seconds in taken])),
     )
 
 
@@ -266,12 +290,8 @@ def check_same_data(group: Group, dataset: data.Dataset) -> None:
 
 def check_replicas(group: Group, params: PyTree, iteration: int) -> None:
     """Raises ClusterError unless the parameters are the same, bit for bit, on all devices."""
-    digests = []
-    for device in range(jax.local_device_count()):
-        digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(params):
-            digest.update(np.asarray(leaf.addressable_shards[device].data).tobytes())
-        digests.append(digest.hexdigest())
+    devices = range(jax.local_device_count())
+    digests = [digest(jax.tree.map(lambda x, i=i: x.addressable_data(i), params)) for i in devices]
     everyone = group.gather(digests)
     different = [i for i, digests in enumerate(everyone) if set(digests) != {everyone[0][0]}]
     if different:
@@ -279,6 +299,14 @@ def check_replicas(group: Group, params: PyTree, iteration: int) -> None:
             f"Expected the parameters after round {iteration:,} to be the same on all devices, bit "
             f"for bit, but on processes {different} they are not those of process 0's first device."
         )
+
+
+def digest(params: PyTree) -> str:
+    """The SHA-256 of all parameters, by which to tell whether two sets are the same bit for bit."""
+    result = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        result.update(np.asarray(leaf).tobytes())
+    return result.hexdigest()
 
 
 def _one_by_one(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., Any]:

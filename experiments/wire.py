@@ -6,9 +6,7 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import selectors
-import shlex
 import statistics
 import subprocess
 import sys
@@ -17,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Annotated, Any, Literal, cast
 
-import jax
 import numpy as np
 import rich.box
 import rich.console
@@ -30,6 +27,7 @@ from experiments.configs import CONFIGS
 from experiments.figures import LABELS, plot_wire
 from experiments.launch import free_port
 from experiments.methods import make_optimizer
+from experiments.records import session, write_json
 from experiments.tables import format_bytes
 from sasg_jax.exchange import EXCHANGES
 
@@ -377,7 +375,8 @@ class Wire:
         pathlib.Path | None,
         tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: results/wire-DATE-TIME)"),
     ] = None
-    """Where results go; nothing there is overwritten."""
+    """Where results go; nothing there is overwritten. The same command again goes on with what was
+    stopped."""
 
     loopback: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Join the processes over loopback also where a network can be made."""
@@ -410,8 +409,6 @@ def check(command: Wire) -> list[tuple[str, str]]:
             f"Expected --exchanges={' '.join(command.exchanges)} to suit one of --methods="
             f"{' '.join(command.methods)}."
         )
-    if command.out is not None and (command.out / "wire.json").exists():
-        raise ValueError(f"Expected --out={command.out} to hold no wire.json yet.")
     return pairs
 
 
@@ -433,37 +430,36 @@ def work(command: Wire, arguments: Sequence[str]) -> None:
     )
     rate = None if why_loopback else command.rate
     about = {
-        "command": shlex.join(["python", "-m", "experiments", *arguments]),
-        "started": now.isoformat(timespec="seconds"),
+        **session(arguments),
         "network": f"{rate} links" if rate else f"loopback, {why_loopback}",
         "setting": dataclasses.asdict(setting),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
+    path = directory / "wire.json"
+    measurements: list[Measurement] = []
+    if path.exists():
+        about, measurements = _go_on(path, about)
+        done = [(m.method, m.exchange) for m in measurements]
+        pairs = [pair for pair in pairs if pair not in done]
     if why_loopback:
         console.print(f"Loopback, with links of no particular rate. {why_loopback}", style="yellow")
-    measurements: list[Measurement] = []
-    with contextlib.ExitStack() as stack:
-        if why_loopback:
-            hosts = on_loopback(setting)
-        else:
-            net = stack.enter_context(network.Network(command.hosts, command.rate, command.delay))
-            hosts = on_network(setting, net)
-        with console.status("starting") as status:
+    if pairs:
+        with contextlib.ExitStack() as stack:
+            if why_loopback:
+                hosts = on_loopback(setting)
+            else:
+                net = network.Network(command.hosts, command.rate, command.delay)
+                hosts = on_network(setting, stack.enter_context(net))
+            status = stack.enter_context(console.status("starting"))
             conductor, counters = stack.enter_context(hosts)
-            for method, exchange in pairs:
+            for number, (method, exchange) in enumerate(pairs, 1):
                 label = f"{LABELS[method]} over {exchange}"
-                status.update(f"{label} ({len(measurements) + 1} of {len(pairs)})")
-                measured = measure(conductor, counters, setting, method, exchange)
-                measurements.append(measured)
-                text = json.dumps(
-                    {**about, "measurements": [dataclasses.asdict(m) for m in measurements]}
+                status.update(f"{label} ({number} of {len(pairs)})")
+                measurements.append(measure(conductor, counters, setting, method, exchange))
+                write_json(
+                    path, {**about, "measurements": [dataclasses.asdict(m) for m in measurements]}
                 )
-                partial = directory / "wire.json.partial"
-                partial.write_text(text)
-                partial.replace(directory / "wire.json")
                 if not console.is_terminal:
-                    console.print(f"{label}: {measured.communication_ms:.1f} ms a round")
+                    console.print(f"{label}: {measurements[-1].communication_ms:.1f} ms a round")
     title = f"{command.config}, {command.hosts} hosts, {about['network']}"
     for table in wire_tables(title, measurements):
         console.print(table)
@@ -471,6 +467,23 @@ def work(command: Wire, arguments: Sequence[str]) -> None:
     console.print(
         f"Results: {directory / 'wire.json'}\nFigure:  {directory / 'wire.png'}", soft_wrap=True
     )
+
+
+def _go_on(path: pathlib.Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[Measurement]]:
+    """What was measured before, by a command that was stopped or had fewer methods.
+
+    Raises:
+      ValueError: it was another setting, network or machine.
+    """
+    earlier = json.loads(path.read_text())
+    measurements = [Measurement(**m) for m in earlier.pop("measurements")]
+    for key in ("setting", "network", "machine", "versions"):
+        if earlier[key] != about[key]:
+            raise ValueError(
+                f"{path} was measured with another {key}, {earlier[key]}, not {about[key]}. "
+                "Choose another --out."
+            )
+    return earlier, measurements
 
 
 def wire_tables(title: str, measurements: Sequence[Measurement]) -> list[rich.table.Table]:

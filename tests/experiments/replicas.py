@@ -70,7 +70,7 @@ def run(name: str, dataset: data.Dataset, group: cluster.Group | None) -> dict:
     method = name.split("-")[0]
     seen = {"uploaded": [], "params": []}
 
-    def on_checkpoint(params, info):
+    def on_evaluation(params, info):
         seen["uploaded"].extend(info.uploaded)
         seen["params"].append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
 
@@ -81,7 +81,7 @@ def run(name: str, dataset: data.Dataset, group: cluster.Group | None) -> dict:
         dataset,
         group=group,
         one_by_one=group is None,
-        on_checkpoint=on_checkpoint,
+        on_evaluation=on_evaluation,
     )
     arrays = {name: np.asarray(values) for name, values in seen.items()}
     return {**arrays, "uploads": record.uploads, "accuracy": record.final_test_accuracy}

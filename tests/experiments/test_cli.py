@@ -32,25 +32,39 @@ def test_compare_writes_records_curves_and_a_figure(tmp_path, capsys):
     for record in records:
         assert set(ISSUE_KEYS) <= set(record)
         assert 0 <= record["final_test_accuracy"] <= 1
-        lines = (out / f"curve-{record['method']}-seed{record['seed']}.jsonl").read_text()
+        folder = out / "runs" / f"digits-{record['method']}-seed{record['seed']}"
+        lines = (folder / "curve.jsonl").read_text()
         assert [json.loads(line)["iteration"] for line in lines.splitlines()] == [100, 200]
+        about = json.loads((folder / "run.json").read_text())
+        assert about["config"]["iterations"] == 200
+        assert about["sessions"][0]["command"].startswith("python -m experiments compare digits")
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    settings = json.loads((out / "settings.json").read_text())
-    assert settings[0]["config"]["iterations"] == 200
     printed = capsys.readouterr().out
     assert "SASG" in printed
     assert "95% test accuracy" in printed
     assert str(out / "summary.json") in printed.replace("\n", "")
 
 
-def test_run_writes_one_record_and_adds_to_earlier_ones(tmp_path):
+def test_run_adds_to_earlier_ones_and_does_not_repeat_them(tmp_path, capsys):
     out = ["--iterations", "20", "--out", str(tmp_path)]
     cli.main(["run", "digits", "--method", "lasg", "--seed", "3", *out])
     cli.main(["run", "digits", "--method", "sparse", "--seed", "3", *out])
+    written = {path: path.read_bytes() for path in tmp_path.glob("runs/*/*.json*")}
+    cli.main(["run", "digits", "--method", "lasg", "--seed", "3", *out])
+    assert "LASG, seed 3: done before" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.glob("runs/*/*.json*")} == written
     records = json.loads((tmp_path / "summary.json").read_text())
-    assert [(r["method"], r["seed"]) for r in records] == [("lasg", 3), ("sparse", 3)]
-    with pytest.raises(SystemExit, match=r"earlier run of lasg with seed 3.*another --out"):
-        cli.main(["run", "digits", "--method", "lasg", "--seed", "3", *out])
+    assert [(r["method"], r["seed"]) for r in records] == [("sparse", 3), ("lasg", 3)]
+
+
+def test_results_of_other_options_are_not_gone_on_with(tmp_path):
+    cli.main(["run", "digits", "--iterations", "20", "--out", str(tmp_path)])
+    with pytest.raises(
+        SystemExit, match=r"config.iterations is 20 there and 30 here.*another --out"
+    ):
+        cli.main(["run", "digits", "--iterations", "30", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"holds results of digits"):
+        cli.main(["run", "mnist_fc", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -59,6 +73,8 @@ def test_run_writes_one_record_and_adds_to_earlier_ones(tmp_path):
         (["--iterations", "0"], "Expected --iterations=0 to be at least 1"),
         (["--width", "-3"], "Expected --width=-3 to be at least 1"),
         (["--concentration", "0"], "Expected --concentration=0.0 to be above 0"),
+        (["--density", "1.5"], "Expected --density=1.5 in (0, 1]"),
+        (["--checkpoint-seconds", "-1"], "Expected --checkpoint-seconds=-1.0 to be at least 0"),
         (["--seeds", "1", "1"], "Expected --seeds to name one or more, each once"),
         (["--seeds", "-1"], "Expected seeds of at least 0"),
         (

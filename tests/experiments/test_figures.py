@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from experiments import figures
+from experiments.configs import CONFIGS
 from experiments.records import Point, Record, Store
 
 
@@ -14,13 +15,16 @@ from experiments.records import Point, Record, Store
 def test_every_run_is_drawn_in_all_six_panels(tmp_path, monkeypatch, methods):
     store = Store(tmp_path)
     numbers: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(Record)}
+    points: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(Point)}
     for method in methods:
         for seed in (1, 2):
-            store.append_record(
-                Record(**(numbers | {"method": method, "seed": seed, "target_accuracy": 0.9}))
-            )
-            for i in (1, 2, 3):
-                store.append_point(method, seed, Point(i, i, i, i, i, 0.9 + i / 100, 1 / i, 1, 1))
+            files = store.run(f"{method}-{seed}")
+            config = dataclasses.asdict(CONFIGS["digits"]) | {"alpha_c": {}, "target_accuracy": 0.9}
+            with files.claimed({"config": config, "method": method, "seed": seed}):
+                for i in (1, 2, 3):
+                    changes = {"iteration": i, "test_accuracy": 0.9 + i / 100, "train_loss": 1 / i}
+                    files.append_point(Point(**(points | changes)))
+                files.finish(Record(**numbers))
     kept = []
     monkeypatch.setattr(plt, "close", kept.append)
     figures.plot_curves(store, tmp_path / "curves.png", "title")

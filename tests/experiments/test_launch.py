@@ -118,11 +118,12 @@ def started(*arguments, **environment):
 def processes_of(out, timeout=120):
     """The ids of a run's processes, once it is training."""
     deadline = time.monotonic() + timeout
-    while not list(out.glob("curve-*")):
+    while not list(out.glob("runs/*/curve.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    (settings,) = json.loads((out / "settings.json").read_text())
-    return [int(name.split()[1]) for name in settings["processes"]]  # "pid 123 on host"
+    (about,) = out.glob("runs/*/run.json")
+    (session,) = json.loads(about.read_text())["sessions"]
+    return [int(name.split()[1]) for name in session["processes"]]  # "pid 123 on host"
 
 
 def assert_gone(pids, timeout=20):
