@@ -100,9 +100,19 @@ class Checkpoints:
 
 
 def save_params(directory: pathlib.Path, params: PyTree) -> None:
-    """Saves parameters by themselves; ``orbax.checkpoint.StandardCheckpointer`` restores them."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), params, force=True)
+    """Saves parameters by themselves; ``orbax.checkpoint.StandardCheckpointer`` restores them.
+
+    Over several processes one of them calls it.
+    """
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix="params"
+    )
+    with ocp.Checkpointer(
+        ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
+    ) as checkpointer:
+        arrays = jax.device_get(params)
+        checkpointer.save(directory.absolute(), args=ocp.args.StandardSave(arrays), force=True)
 
 
 def _is_key(x: Any) -> bool:

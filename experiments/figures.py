@@ -187,7 +187,8 @@ def plot_bands(
             colour = _COLOURS.get(band.method, "0.4")
             axis.plot(band.x, band.mean, color=colour, marker=marker, linewidth=1.5, label=label)
             axis.fill_between(band.x, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale=x_scale, yscale=y_scale)
+        axis.set(xlabel=x_label, ylabel=y_label, xscale=x_scale, yscale=y_scale)
+        figure.suptitle(title, fontsize="medium")  # which may be wider than the axes
         if target is not None:
             axis.axhline(target, color="0.4", linewidth=0.9, linestyle="--")
         if slope is not None:

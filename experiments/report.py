@@ -560,45 +560,41 @@ def _theory(results: Results, files: pathlib.Path) -> Section:
         return section
     found = results.theory["results"]
     section.paragraphs.append(findings.theory_verdict(results.theory).evidence)
-    if found.get("settings"):
-        section.paragraphs.append(
-            "Settings: " + "; ".join(f"{k} {_plain(v)}" for k, v in found["settings"].items()) + "."
-        )
     columns = [
-        *_text("check", "problem", "method", "quantity"),
-        *_numbers("measured"),
-        *_text("relation"),
-        *_numbers("bound", "tolerance"),
-        *_text("verdict", "source"),
+        *_text("check", "problem and method", "quantity"),
+        *_numbers("measured", "allowed"),
+        *_text("verdict"),
+        *_numbers("tolerance"),
+        *_text("source"),
     ]
     rows = [
         [
             Cell(check["name"]),
-            Cell(check["problem"]),
-            Cell(findings.method_label(check["method"])),
-            Cell(str(check["quantity"])),
+            Cell(f"{check['problem']}, {findings.method_label(check['method'])}"),
+            Cell(check["quantity"]),
             _significant(check["measured"]),
-            Cell(_RELATIONS[check["relation"]]),
-            _significant(check["bound"]),
-            _significant(check["tolerance"]),
+            Cell(f"{_RELATIONS[check['relation']]} {_significant(check['bound']).text}"),
             Cell("holds" if check["holds"] else "does not hold", is_outside=not check["holds"]),
+            _significant(check["tolerance"]),
             Cell(check["source"]),
         ]
-        for check in found.get("checks", [])
+        for check in found["checks"]
     ]
-    if rows:
-        caption = "Measured numbers beside what the theory allows."
-        section.tables.append(Table("theory-checks", caption, columns, rows))
-    for key, variable, what in (
-        ("rate", "T", "rounds T"),
-        ("workers", "M", "workers M"),
-    ):
-        if found.get(key):
+    caption = "Measured numbers beside what the theory allows."
+    section.tables.append(Table("theory-checks", caption, columns, rows))
+    settings = _flat(found.get("settings", {}))
+    if settings:
+        rows = [[Cell(key), Cell(_plain(value))] for key, value in settings]
+        columns = _text("setting", "value")
+        caption = f"The settings ({len(rows)})"
+        section.tables.append(Table("theory-settings", caption, columns, rows, folded=True))
+    for key, variable, what in (("rate", "T", "rounds T"), ("workers", "M", "workers M")):
+        if found[key]:
             section.figures.append(_rates(found[key], key, variable, what, files))
     return section
 
 
-_RELATIONS = {"<=": "≤", ">=": "≥", "within": "within"}
+_RELATIONS = {"<=": "≤", ">=": "≥", "within": "="}
 
 
 def _rates(
@@ -889,14 +885,23 @@ def _scientific(value: float) -> str:
     return f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _significant(value: Any) -> Cell:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return Cell("–" if value is None else str(value))
+def _significant(value: float) -> Cell:
     return Cell(f"{value:.3g}".replace("-", "−"), value)
 
 
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested dictionaries with the names on the way to them."""
+    leaves = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        leaves += _flat(value, f"{name}, ") if isinstance(value, Mapping) else [(name, value)]
+    return leaves
+
+
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return "; ".join(map(_plain, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _mean(values: Sequence[float]) -> float:

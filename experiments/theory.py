@@ -266,7 +266,7 @@ def measure(
 
 def violations(results: Mapping[str, Any]) -> list[str]:
     """A sentence for every check of :func:`measure` that does not hold."""
-    words = {"<=": "at most", ">=": "at least", "within": "equal to"}
+    words = {"<=": "at most", "within": "equal to"}
     return [
         f"{check['source']}, {check['method']} on {check['problem']}: {check['quantity']} is "
         f"{check['measured']:.4g}, and should be {words[check['relation']]} {check['bound']:.4g} "
@@ -585,11 +585,8 @@ def _check(
     name: str | None = None,
 ) -> Check:
     measured = float(measured)
-    holds = {
-        "<=": measured <= bound + tolerance,
-        ">=": measured >= bound - tolerance,
-        "within": abs(measured - bound) <= tolerance,
-    }[relation]
+    above = measured - bound
+    holds = (abs(above) if relation == "within" else above) <= tolerance
     return {
         "name": name or source,
         "problem": problem,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from experiments import cli, cluster, launch, training
+from experiments.records import Store
 from tests.experiments import replicas
 
 ROOT = pathlib.Path(cli.__file__).parent.parent
@@ -299,3 +300,33 @@ def test_data_that_differs_is_an_error_that_names_processes(dataset):
     training.check_same_data(Others(None, None), dataset)  # pyright: ignore
     with pytest.raises(cluster.ClusterError, match=r"that of processes \[1\] is not"):
         training.check_same_data(Others(["other"], None), dataset)  # pyright: ignore
+
+
+def test_two_processes_go_on_where_they_were_killed(tmp_path):
+    """With the curve, the record and the final parameters of processes that never were."""
+    short = ("run", "digits", "--iterations", "3000", "--width", "16", "--method", "sasg")
+    arguments = ("launch", "--processes", 2, "--", *short, "--checkpoint-seconds", 0, "--out")
+    with started(*arguments, tmp_path / "killed") as launcher:
+        pids = processes_of(tmp_path / "killed")
+        deadline = time.monotonic() + 60
+        # Until one is whole: while it is being written, its name has more in it than a number.
+        while not any(p.name.isdigit() for p in tmp_path.glob("killed/runs/*/checkpoints/*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        launcher.communicate(timeout=60)
+    outcomes = []
+    for folder in ("killed", "whole"):
+        with started(*arguments, tmp_path / folder) as launcher:
+            output, _ = launcher.communicate(timeout=300)
+        assert launcher.returncode == 0, output
+        (files,) = Store(tmp_path / folder).runs()
+        record = files.record()
+        assert record is not None
+        del record["compute_seconds"], record["ms_per_iteration"]
+        outcomes.append((files.curve(), record))
+        begun = [session["round"] for session in files.about()["sessions"]]
+        assert [first > 0 for first in begun] == [False, True][: len(begun)]
+        assert len(begun) == (2 if folder == "killed" else 1)
+    assert outcomes[0] == outcomes[1]

@@ -186,7 +186,7 @@ def add_theory(directory, holds=True):
     line = {"problem": "ridge regression", "slope": -0.52}
     line |= {"mean": [0.4, 0.2, 0.1], "min": [0.3, 0.15, 0.08], "max": [0.5, 0.25, 0.12]}
     results = {
-        "settings": {"density": 0.125, "seeds": 8},
+        "settings": {"density": 0.125, "rate": {"max_rounds": [100, 400]}},
         "checks": checks,
         "rate": [line | {"method": m, "T": [100, 400, 1600]} for m in ("sgd", "sasg")],
         "workers": [line | {"method": m, "M": [2, 8, 32]} for m in ("sgd", "sasg")],
@@ -474,7 +474,8 @@ def test_times_are_ratios_beside_the_papers(full, page):
 
 def test_theory_names_the_checks_that_fail(full, page, tmp_path):
     assert verdict(full, "Theory") == (findings.HOLDS, "2 of 2 checks hold.")
-    assert page.row("theory", "residual")[3:7] == ["0.012", "≤", "0.5", "0"]
+    assert page.row("theory", "residual")[2:6] == ["0.012", "≤ 0.5", "holds", "0"]
+    assert page.row("theory", "rate, max rounds", table=1) == ["100; 400"]
     slopes = [value for _, key, value in page.attributes if key == "alt" and "slope" in value]
     assert len(slopes) == 2
     assert all("SASG slope −0.52" in text for text in slopes)
