@@ -207,5 +207,7 @@ def _measure_theory(
 
 
 def _measure_estimates(command: Reproduce, arguments: Sequence[str]) -> None:
+    """Of the lightest and the heaviest method."""
     for config in ("cifar10_resnet18", "cifar100_resnet18"):
-        estimate.work(estimate.Estimate(config, out=command.out / "estimates"), arguments)
+        options = estimate.Estimate(config, methods=("sgd", "sasg"), out=command.out / "estimates")
+        estimate.work(options, arguments)

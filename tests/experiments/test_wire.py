@@ -126,6 +126,27 @@ def test_command_trains_and_writes(tmp_path):
         assert len(measured["by_round"]) == 2
     assert (tmp_path / "out" / "wire.png").read_bytes().startswith(b"\x89PNG")
 
+    # As if it had been stopped after the first of three: that one is not measured again.
+    first = written["measurements"][0]
+    (tmp_path / "out" / "wire.json").write_text(json.dumps(written | {"measurements": [first]}))
+    again = subprocess.run(
+        [sys.executable, "-m", "experiments", *command.split()], capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert "SGD over psum:" not in again.stdout
+    whole = json.loads((tmp_path / "out" / "wire.json").read_text())["measurements"]
+    assert whole[0] == first
+    assert [(m["method"], m["exchange"]) for m in whole] == pairs
+
+
+def test_another_setting_is_not_gone_on_with(tmp_path):
+    about = {"setting": {"hosts": 2}, "network": "n", "machine": "m", "versions": {}}
+    path = tmp_path / "wire.json"
+    path.write_text(json.dumps(about | {"measurements": []}))
+    assert wire._go_on(path, about) == (about, [])
+    with pytest.raises(ValueError, match=r"another setting, .*'hosts': 2.*another --out"):
+        wire._go_on(path, about | {"setting": {"hosts": 3}})
+
 
 @pytest.mark.parametrize(
     ("options", "says"),
