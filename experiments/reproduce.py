@@ -97,17 +97,14 @@ def work(command: Reproduce, arguments: Sequence[str]) -> None:
     """Makes what is missing. Of several targets, one that fails does not keep the others.
 
     Raises:
-      ValueError: no run fits the options.
+      ValueError: an option names what the target has not.
       ReproduceError: some of it failed; the message says what, and why.
     """
     console = rich.console.Console()
     runs = _chosen(command)
     others = {OTHERS[name] for name in OTHERS if command.target in (name, "all")}
-    if not runs and not others:
-        raise ValueError(
-            f"Expected --configs={command.configs} and --seeds={command.seeds} to be those of a "
-            f"run of {command.target}."
-        )
+    if command.configs or command.seeds:  # they ask for runs
+        others = set()
     failures: list[str] = []
 
     def attempt(what: str, make: Callable[[], None]) -> None:
@@ -142,12 +139,21 @@ class ReproduceError(RuntimeError):
 
 
 def _chosen(command: Reproduce) -> list[Run]:
-    """Each run once, however many targets show it."""
+    """Each run once, however many targets show it; raises ValueError for options that fit none."""
     targets = [name for name in RUNS if command.target in (name, "all")]
-    planned = {run.name: run for target in targets for run in RUNS[target]}
+    planned = {run.name: run for target in targets for run in RUNS[target]}.values()
+    for option, given, there in (
+        ("configs", command.configs, {run.config.name for run in planned}),
+        ("seeds", command.seeds, {run.seed for run in planned}),
+    ):
+        if not set(given) <= there:
+            raise ValueError(
+                f"Expected --{option}={' '.join(map(str, given))} to be of those of "
+                f"{command.target}: {', '.join(map(str, sorted(there))) or 'it has none'}."
+            )
     return [
         run
-        for run in planned.values()
+        for run in planned
         if (not command.configs or run.config.name in command.configs)
         and (not command.seeds or run.seed in command.seeds)
     ]

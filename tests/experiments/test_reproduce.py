@@ -85,9 +85,18 @@ def test_a_target_that_fails_does_not_keep_the_others(small, tmp_path, monkeypat
     assert len(Store(tmp_path).records()) == 4
 
 
-def test_options_that_fit_no_run_are_refused(small, tmp_path):
-    with pytest.raises(SystemExit, match="to be those of a run of table2"):
-        cli.main(["reproduce", "table2", "--seeds", "77", "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["table2", "--seeds", "1", "77"], "Expected --seeds=1 77 to be of those of table2: 1, 2."),
+        (["table2", "--configs", "mnist_fc"], "Expected --configs=mnist_fc .* table2: digits."),
+        (["theory", "--seeds", "1"], "Expected --seeds=1 to be of those of theory: it has none."),
+    ],
+)
+def test_options_that_fit_no_run_are_refused(small, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["reproduce", *options, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_theory_is_measured_once(tmp_path, monkeypatch, capsys):
