@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.records import Point
 from sasg_jax import RoundInfo
 
 PyTree = Any
@@ -28,8 +27,6 @@ class Progress:
     iteration: int = 0
     ledger: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of :meth:`sasg_jax.Ledger.to_dict`."""
-    at_target: Point | None = None
-    """The first evaluation that reached the target."""
     seconds: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     """Rounds of each call of compiled code, and what it took."""
     reports: list[RoundInfo] = dataclasses.field(default_factory=list)
@@ -93,7 +90,6 @@ class Checkpoints:
             ),
         )
         content: dict[str, Any] = dict(restored["progress"])
-        content["at_target"] = content["at_target"] and Point(**content["at_target"])
         content["seconds"] = [tuple(entry) for entry in content["seconds"]]
         content["reports"] = list(map(_from_json, content["reports"]))
         return _from_arrays(restored["state"], like), Progress(**content)

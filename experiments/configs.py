@@ -87,8 +87,8 @@ _CIFAR10_NARROW = dataclasses.replace(
     width=8,
     iterations=500,
     learning_rate=0.05,
-    target_accuracy=0.40,
-    alpha_c={"lasg": 60.0, "sasg": 12.0},
+    target_accuracy=0.37,
+    alpha_c={"lasg": 60.0, "sasg": 18.0},
     decay_iterations=(),
     evaluate_every=50,
 )

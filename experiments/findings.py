@@ -275,7 +275,7 @@ def fewest_verdict(groups: Sequence[Group], where: str, claim: str) -> Verdict:
     others = [count for method, count in uploads.items() if method != "sasg"]
     if "sasg" in by_method and others and uploads.get("sasg", float("inf")) >= min(others):
         return Verdict(*title, FAILS, evidence)
-    if len(by_method) < len(PAPER_METHODS) or "sasg" not in uploads:
+    if len(by_method) < len(PAPER_METHODS) or not uploads:
         return Verdict(*title, OPEN, evidence)
     return Verdict(*title, HOLDS, evidence)
 

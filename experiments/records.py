@@ -21,7 +21,7 @@ from experiments.configs import METHODS
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The outcome of one run. ``..._at_target`` is None where the target was not reached."""
+    """The outcome of one run. On disk, :func:`at_target` of its curve is added to it."""
 
     config: str
     dataset: str
@@ -36,21 +36,15 @@ class Record:
     num_parameters: int
     iterations: int
     uploads: int
-    target_accuracy: float
-    iterations_at_target: int | None
-    uploads_at_target: int | None
     final_test_accuracy: float
     final_train_loss: float
     """Mean over workers and over the rounds since the last but one evaluation."""
     paper_uplink_bits: int
     """32 bits for every uploaded value, nothing for indices (the paper's Table II)."""
-    paper_uplink_bits_at_target: int | None
     uplink_bytes: int
     """Values, indices and flags from all workers to the server."""
-    uplink_bytes_at_target: int | None
     downlink_bytes: int
     """From the server to all workers."""
-    downlink_bytes_at_target: int | None
     model_state_bytes: int
     """BatchNorm statistics averaged over workers for the evaluations."""
     params_sha256: str
@@ -77,6 +71,25 @@ class Point:
     upload_fraction: float
     """Of the workers, since the last evaluation."""
     mean_staleness: float
+
+
+def at_target(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
+    """What it took to reach a target accuracy: a question to a curve, whatever the run aimed at.
+
+    Returns:
+      ``target_accuracy``, and ``iterations_at_target``, ``uploads_at_target`` and so on of the
+      first evaluation that reached it, each None where none did.
+    """
+    first = next((point for point in curve if point["test_accuracy"] >= target), {})
+    fields = {
+        "iterations": "iteration",
+        "uploads": "uploads",
+        "paper_uplink_bits": "paper_uplink_bits",
+        "uplink_bytes": "uplink_bytes",
+        "downlink_bytes": "downlink_bytes",
+    }
+    reached = {f"{name}_at_target": first.get(field) for name, field in fields.items()}
+    return {"target_accuracy": target, **reached}
 
 
 class ResultsError(RuntimeError):
@@ -147,20 +160,34 @@ class RunFiles:
         return json.loads(self._about_path.read_text())
 
     def check(self, spec: Mapping[str, Any]) -> None:
-        """Raises ResultsError if the folder holds a run other than ``spec`` describes."""
+        """Raises ResultsError if the folder holds a run other than ``spec`` describes.
+
+        Another target accuracy or another method's c makes no other run, see :meth:`adopt`.
+        """
         if not self._about_path.exists():
             return
         there, here = _flat(self.about()), _flat(_as_json(spec))
         del there["sessions"]
         different = [
             f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
-            for key in sorted(there.keys() | here.keys())
+            for key in sorted((there.keys() | here.keys()) - _without_effect(spec))
             if there.get(key) != here.get(key)
         ]
         if different:
             raise ResultsError(
                 f"{self.directory} holds another run: {'; '.join(different)}. Choose another --out."
             )
+
+    def adopt(self, spec: Mapping[str, Any]) -> None:
+        """Takes over what of ``spec`` has no effect on the run, also if it is done: asks for what
+        it took to reach another target accuracy."""
+        about, record, config = self.about(), self.record(), _as_json(spec["config"])
+        if about["config"] == config:
+            return
+        write_json(self._about_path, {**about, "config": config})
+        if record is not None:
+            reached = at_target(self.curve(), config["target_accuracy"])
+            write_json(self._record_path, {**record, **reached})
 
     @contextlib.contextmanager
     def claimed(self, spec: Mapping[str, Any]) -> Iterator[None]:
@@ -225,8 +252,12 @@ class RunFiles:
         return json.loads(self._record_path.read_text()) if self._record_path.exists() else None
 
     def finish(self, record: Record) -> None:
-        """Writes the outcome and removes what was only needed to go on."""
-        write_json(self._record_path, dataclasses.asdict(record))
+        """Writes the outcome, with what reaching the target took, and removes what was only needed
+        to go on."""
+        target = self.about()["config"]["target_accuracy"]
+        write_json(
+            self._record_path, {**dataclasses.asdict(record), **at_target(self.curve(), target)}
+        )
         shutil.rmtree(self.checkpoints_path, ignore_errors=True)
 
     def _drop_torn_line(self) -> None:
@@ -256,6 +287,15 @@ def session(arguments: Sequence[str]) -> dict[str, Any]:
             **{package: importlib.metadata.version(package) for package in packages},
         },
     }
+
+
+def _without_effect(spec: Mapping[str, Any]) -> set[str]:
+    """Names of what may differ in a run that is the same."""
+    config = spec.get("config", {})
+    own = "lasg" if spec.get("method") == "lasg" else "sasg"
+    adaptive = spec.get("method", "").startswith(("lasg", "sasg"))
+    others = {name for name in config.get("alpha_c", {}) if not adaptive or name != own}
+    return {"config.target_accuracy", *(f"config.alpha_c.{name}" for name in others)}
 
 
 def _order(about: dict[str, Any]) -> tuple[Any, ...]:

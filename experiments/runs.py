@@ -170,11 +170,15 @@ def perform(
     is_main = group is None or group.is_main
     with contextlib.ExitStack() as stack:
         if is_main:
-            stack.enter_context(files.claimed(run.spec(dataset, group)))
+            spec = run.spec(dataset, group)
+            stack.enter_context(files.claimed(spec))
+            files.adopt(spec)
         record = files.record() if is_main else None
         if group is not None:
             record = group.gather(record)[0]
         if record is not None:
+            if is_main:
+                store.write_summary()
             reporter.say(f"{run.label}: done before, {record['uploads']:,} uploads")
             return
         checkpoints = stack.enter_context(Checkpoints(files.checkpoints_path, checkpoint_seconds))

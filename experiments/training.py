@@ -232,8 +232,6 @@ def train(
                 upload_fraction=float(recent.uploaded.mean()),
                 mean_staleness=float(recent.staleness.mean()),
             )
-            if progress.at_target is None and point.test_accuracy >= config.target_accuracy:
-                progress.at_target = point
             on_point(point)
         if checkpoints is not None and iteration < config.iterations:
             due = checkpoints.is_due()
@@ -243,7 +241,6 @@ def train(
         on_rounds(rounds)
 
     assert point is not None  # the last round is always made, and evaluated
-    at_target = progress.at_target
     taken = progress.seconds
     return Record(
         config=config.name,
@@ -257,17 +254,11 @@ def train(
         num_parameters=num_parameters,
         iterations=progress.iteration,
         uploads=ledger.uploads,
-        target_accuracy=config.target_accuracy,
-        iterations_at_target=at_target and at_target.iteration,
-        uploads_at_target=at_target and at_target.uploads,
         final_test_accuracy=point.test_accuracy,
         final_train_loss=point.train_loss,
         paper_uplink_bits=ledger.paper_uplink_bits,
-        paper_uplink_bits_at_target=at_target and at_target.paper_uplink_bits,
         uplink_bytes=ledger.uplink_bytes,
-        uplink_bytes_at_target=at_target and at_target.uplink_bytes,
         downlink_bytes=ledger.downlink_bytes,
-        downlink_bytes_at_target=at_target and at_target.downlink_bytes,
         model_state_bytes=ledger.model_state_bytes,
         params_sha256=digest(_local(state.params)),
         compute_seconds=sum(seconds for _, seconds in taken),

@@ -19,7 +19,7 @@ import sasg_jax
 from experiments import data, training
 from experiments.checkpoints import Checkpoints, Progress, save_params
 from experiments.configs import CONFIGS
-from experiments.records import Point, RunFiles
+from experiments.records import RunFiles
 
 
 def state_of(scale):
@@ -52,9 +52,7 @@ def progress_of(iteration):
         threshold=np.float32([1 / 3]),
         aux=(),
     )
-    numbers: dict[str, Any] = {field.name: 1 / 3 for field in dataclasses.fields(Point)}
-    point = Point(**numbers)
-    return Progress(iteration, {"uploads": 2**70}, point, [(10, 0.1), (7, 1 / 3)], [report, report])
+    return Progress(iteration, {"uploads": 2**70}, [(10, 0.1), (7, 1 / 3)], [report, report])
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):

@@ -54,6 +54,55 @@ def test_the_summary_has_the_records_of_the_runs_that_are_done_in_order(tmp_path
     assert summary == store.records()
 
 
+def test_the_target_is_where_the_curve_first_reaches_it():
+    curve = [
+        dataclasses.asdict(make(Point, iteration=i, uploads=10 * i, test_accuracy=accuracy))
+        for i, accuracy in ((100, 0.4), (200, 0.5), (300, 0.45), (400, 0.6))
+    ]
+    for target, round in ((0.3, 100), (0.5, 200), (0.51, 400)):
+        found = records.at_target(curve, target)
+        assert found["target_accuracy"] == target
+        assert found["iterations_at_target"] == round
+        assert found["uploads_at_target"] == 10 * round
+        assert found["uplink_bytes_at_target"] == curve[0]["uplink_bytes"]
+    never = records.at_target(curve, 0.7)
+    assert {value for key, value in never.items() if key.endswith("_at_target")} == {None}
+    assert never.keys() == found.keys()
+
+
+def test_another_target_is_no_other_run_and_is_asked_of_the_curve(tmp_path):
+    files = begun(Store(tmp_path), target_accuracy=0.9)
+    for i, accuracy in ((100, 0.4), (200, 0.5)):
+        files.append_point(make(Point, iteration=i, test_accuracy=accuracy))
+    files.finish(make(Record))
+    record = files.record()
+    assert record is not None
+    assert record["iterations_at_target"] is None
+    with files.claimed(spec(target_accuracy=0.5)):
+        files.adopt(spec(target_accuracy=0.5))
+    assert files.about()["config"]["target_accuracy"] == 0.5
+    again = files.record()
+    assert again is not None
+    assert (again["target_accuracy"], again["iterations_at_target"]) == (0.5, 200)
+    assert {**again, **records.at_target(files.curve(), 0.9)} == record
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [("sgd", None), ("sparse", None), ("lasg", "lasg"), ("sasg_two_way", "sasg")]
+)
+def test_only_its_own_c_makes_another_run(tmp_path, method, own):
+    files = begun(Store(tmp_path), method=method)
+    for name in ("lasg", "sasg"):
+        changed = spec(method, alpha_c={"lasg": 0.5, "sasg": 0.5} | {name: 7.0})
+        if name == own:
+            with pytest.raises(ResultsError, match=rf"alpha_c.{name} is 0.5 there and 7.0 here"):
+                files.check(changed)
+        else:
+            with files.claimed(changed):
+                files.adopt(changed)
+            assert files.about()["config"]["alpha_c"][name] == 7.0
+
+
 def test_what_is_only_needed_to_go_on_is_removed_at_the_end(tmp_path):
     files = begun(Store(tmp_path))
     files.checkpoints_path.mkdir()
@@ -62,7 +111,7 @@ def test_what_is_only_needed_to_go_on_is_removed_at_the_end(tmp_path):
     assert files.record() is None
     record = make(Record)
     files.finish(record)
-    assert files.record() == dataclasses.asdict(record)
+    assert files.record() == dataclasses.asdict(record) | records.at_target(files.curve(), 0.95)
     assert not files.checkpoints_path.exists()
     assert len(files.curve()) == 1
 

@@ -43,19 +43,6 @@ def test_a_record_is_consistent_with_its_curve(digits):
     np.testing.assert_allclose([p.upload_fraction for p in points], uploads / [500, 500, 200])
 
 
-def test_the_target_is_where_the_curve_first_reaches_it(digits):
-    easy = dataclasses.replace(DIGITS, target_accuracy=0.5)
-    record, points = run(easy, "sgd", digits)
-    first = next(point for point in points if point.test_accuracy >= 0.5)
-    assert record.iterations_at_target == first.iteration
-    assert record.uploads_at_target == first.uploads
-    assert record.uplink_bytes_at_target == first.uplink_bytes
-    hard = dataclasses.replace(DIGITS, iterations=20, target_accuracy=1.0)
-    record, _ = run(hard, "sgd", digits)
-    assert record.uploads_at_target is None
-    assert record.paper_uplink_bits_at_target is None
-
-
 def test_runs_repeat_to_the_bit(digits):
     (first, points), (second, again) = (run(DIGITS, "sasg_two_way", digits) for _ in range(2))
     assert points == again
