@@ -123,7 +123,11 @@ CONFIGS: dict[str, Config] = {
         _CIFAR10_NARROW,
         # The workers hold one data set each, in turn.
         dataclasses.replace(
-            _CIFAR10_NARROW, name="hetero_narrow", dataset="cifar10+mnist", target_accuracy=0.60
+            _CIFAR10_NARROW,
+            name="hetero_narrow",
+            dataset="cifar10+mnist",
+            iterations=400,
+            target_accuracy=0.60,
         ),
     )
 }

@@ -204,9 +204,10 @@ def _measure_theory(
     write_json(path, {**about, "seconds": seconds, "results": results})
     for check in results["checks"]:
         verdict = "holds" if check["holds"] else "DOES NOT HOLD"
+        tolerance = f" (tolerance {check['tolerance']:.3g})" if check["tolerance"] else ""
         console.print(
-            f"{check['source']}, {check['problem']}, {check['method']}: {check['measured']:.3g} "
-            f"{check['relation']} {check['bound']:.3g} {verdict}",
+            f"{check['source']}, {check['name']}, {check['problem']}, {check['method']}: "
+            f"{check['measured']:.3g} {check['relation']} {check['bound']:.3g}{tolerance} {verdict}",
             highlight=False,
             soft_wrap=True,
         )

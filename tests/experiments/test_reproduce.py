@@ -104,6 +104,8 @@ def test_theory_is_measured_once(tmp_path, monkeypatch, capsys):
         "checks": [
             {
                 "source": "Lemma 1",
+                "name": "compression",
+                "tolerance": 0.0,
                 "problem": "p",
                 "method": "sasg",
                 "measured": 0.5,
@@ -129,4 +131,4 @@ def test_theory_is_measured_once(tmp_path, monkeypatch, capsys):
     assert written["command"].startswith("python -m experiments reproduce theory")
     said = capsys.readouterr().out
     assert "theory, 1 of 2: rate" in said
-    assert "Lemma 1, p, sasg: 0.5 <= 0.9 holds" in said
+    assert "Lemma 1, compression, p, sasg: 0.5 <= 0.9 holds" in said
