@@ -205,9 +205,10 @@ def _measure_theory(
     for check in results["checks"]:
         verdict = "holds" if check["holds"] else "DOES NOT HOLD"
         tolerance = f" (tolerance {check['tolerance']:.3g})" if check["tolerance"] else ""
+        found = f"{check['measured']:.3g} {check['relation']} {check['bound']:.3g}{tolerance}"
         console.print(
             f"{check['source']}, {check['name']}, {check['problem']}, {check['method']}: "
-            f"{check['measured']:.3g} {check['relation']} {check['bound']:.3g}{tolerance} {verdict}",
+            f"{found} {verdict}",
             highlight=False,
             soft_wrap=True,
         )
