@@ -50,6 +50,8 @@ class Dataset:
       test_images: shape (N_test, H, W, C), dtype uint8.
       test_labels: shape (N_test,), dtype int32.
       num_classes: number of classes.
+      test_source: of a combination, the data set that each test example came from, shape (N_test,),
+        dtype int32; None otherwise.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     num_classes: int
+    test_source: np.ndarray | None = None
 
 
 # --- Loading ----------------------------------------------------------------------------------
@@ -455,6 +458,7 @@ def combine(datasets: Sequence[Dataset]) -> tuple[Dataset, np.ndarray]:
             start += number
         return joined
 
+    sources = np.arange(len(datasets), dtype=np.int32)
     combined = Dataset(
         name=" + ".join(dataset.name for dataset in datasets),
         train_images=join([dataset.train_images for dataset in datasets]),
@@ -462,9 +466,9 @@ def combine(datasets: Sequence[Dataset]) -> tuple[Dataset, np.ndarray]:
         test_images=join([dataset.test_images for dataset in datasets]),
         test_labels=np.concatenate([dataset.test_labels for dataset in datasets]),
         num_classes=max(dataset.num_classes for dataset in datasets),
+        test_source=np.repeat(sources, [len(dataset.test_labels) for dataset in datasets]),
     )
-    lengths = [len(dataset.train_labels) for dataset in datasets]
-    return combined, np.repeat(np.arange(len(datasets), dtype=np.int32), lengths)
+    return combined, np.repeat(sources, [len(dataset.train_labels) for dataset in datasets])
 
 
 # --- Partitions over workers ------------------------------------------------------------------

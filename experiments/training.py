@@ -163,23 +163,29 @@ def train(
         logits: Any = model.apply(variables, normalise(images), train=False)
         return jnp.sum(logits.argmax(-1) == labels)
 
+    # Where workers hold different data sets, each test set is for the workers that hold its like:
+    # BatchNorm statistics averaged over all of them would fit none.
+    by_source = _test_examples_by_source(dataset)
+    test_sets = [
+        (examples, slice(source, None, len(by_source))) for source, examples in enumerate(by_source)
+    ]
+
     def test_accuracy(state):
         """Of the whole test set, of which each process takes a part."""
-        statistics = {}
-        if has_model_state:
-            statistics = _local(mean_model_state(state.model_state))
-            ledger.record_model_state(state.model_state)
         params = _local(state.params)
-        chunks = math.ceil(len(dataset.test_labels) / 1000)
-        mine = slice(None) if group is None else slice(group.index, None, group.count)
-        correct = sum(
-            int(count_correct(params, statistics, images, labels))
-            for images, labels in zip(
-                np.array_split(dataset.test_images, chunks)[mine],
-                np.array_split(dataset.test_labels, chunks)[mine],
-                strict=True,
-            )
-        )
+        if has_model_state:
+            ledger.record_model_state(state.model_state)
+        correct = 0
+        for examples, workers in test_sets:
+            statistics = {}
+            if has_model_state:
+                of_workers = jax.tree.map(lambda x, workers=workers: x[workers], state.model_state)
+                statistics = _local(mean_model_state(of_workers))
+            chunks = np.array_split(examples, math.ceil(len(examples) / 1000))
+            mine = slice(None) if group is None else slice(group.index, None, group.count)
+            for chunk in chunks[mine]:
+                images, labels = dataset.test_images[chunk], dataset.test_labels[chunk]
+                correct += int(count_correct(params, statistics, images, labels))
         if group is not None:
             correct = sum(group.gather(correct))
         return correct / len(dataset.test_labels)
@@ -264,6 +270,14 @@ def train(
         compute_seconds=sum(seconds for _, seconds in taken),
         ms_per_iteration=1000 * float(np.median([seconds / rounds for rounds, seconds in taken])),
     )
+
+
+def _test_examples_by_source(dataset: data.Dataset) -> list[np.ndarray]:
+    """The test examples of each data set in a combination, as indices; all where there is one."""
+    if dataset.test_source is None:
+        return [np.arange(len(dataset.test_labels))]
+    last = int(dataset.test_source.max())
+    return [np.flatnonzero(dataset.test_source == source) for source in range(last + 1)]
 
 
 def check_same_data(group: Group, dataset: data.Dataset) -> None:

@@ -524,6 +524,7 @@ class TestCombine:
         assert combined.name == "colour + grey"
         assert combined.num_classes == 4
         np.testing.assert_array_equal(source, [0] * 5 + [1] * 6)
+        np.testing.assert_array_equal(combined.test_source, [0] * 2 + [1] * 3)
         assert source.dtype == np.int32
         assert combined.train_images.shape == (11, 6, 6, 3)
         assert combined.test_images.shape == (5, 6, 6, 3)

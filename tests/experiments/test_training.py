@@ -84,6 +84,34 @@ def test_heterogeneous_workers_hold_one_data_set_each(digits):
     assert record.dataset == dataset.name
 
 
+def test_each_test_set_is_for_the_workers_that_hold_its_like(digits, monkeypatch):
+    """With BatchNorm statistics of these workers alone: averages over all would fit neither."""
+    bright = dataclasses.replace(
+        digits,
+        train_images=255 - digits.train_images // 4,
+        test_images=255 - digits.test_images[:100] // 4,
+        test_labels=digits.test_labels[:100],
+    )
+    dataset, source = data.combine([digits, bright])
+    means = []
+
+    def mean(model_state):
+        first = model_state["BatchNorm_0"]["mean"]
+        means.append(np.asarray(first))
+        return jax.tree.map(lambda x: x.mean(0), model_state)
+
+    monkeypatch.setattr(training.sasg_jax, "mean_model_state", mean)
+    config = dataclasses.replace(
+        CONFIGS["cifar10_narrow"], width=2, iterations=2, evaluate_every=2, rounds_per_call=2
+    )
+    run(config, "sgd", dataset, source=source)
+    of_digits, of_bright = means
+    assert len(of_digits) == len(of_bright) == config.num_workers / 2
+    distance = lambda some, others: np.linalg.norm(some[:, None] - others, axis=-1)
+    within = max(distance(group, group).max() for group in means)
+    assert within < distance(of_digits, of_bright).min()
+
+
 def test_dirichlet_partition_is_skewed(digits):
     config = dataclasses.replace(DIGITS, partition="dirichlet", concentration=0.1)
     shards = training.partition(config, digits, None, seed=0)

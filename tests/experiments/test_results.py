@@ -1,0 +1,74 @@
+"""The results in the repository, and what README quotes of them."""
+
+import pathlib
+import re
+
+import pytest
+
+from experiments import findings
+from experiments.configs import CONFIGS, PAPER_METHODS
+from experiments.figures import LABELS
+from experiments.records import Store, at_target
+from experiments.tables import format_bytes
+
+ROOT = pathlib.Path(findings.__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def results():
+    return findings.read(RESULTS)
+
+
+def test_records_are_those_of_their_curves():
+    store = Store(RESULTS)
+    assert store.records() == [files.record() for files in store.runs()]  # all are done
+    for files in store.runs():
+        record, curve = files.record(), files.curve()
+        assert record is not None
+        assert record["iterations"] == curve[-1]["iteration"]
+        assert record["uploads"] == curve[-1]["uploads"]
+        assert record["final_test_accuracy"] == curve[-1]["test_accuracy"]
+        found = at_target(curve, record["target_accuracy"])
+        assert {key: record[key] for key in found} == found
+
+
+def test_results_are_of_the_settings_that_the_code_has(results):
+    for run in results.runs:
+        config = CONFIGS[run.about["config"]["name"]]
+        for name in ("iterations", "learning_rate", "width", "target_accuracy", "evaluate_every"):
+            assert run.about["config"][name] == getattr(config, name)
+
+
+def test_results_name_no_path_of_a_machine(results):
+    for run in results.runs:
+        for session in run.about["sessions"]:
+            assert not re.search(r"\s/", session["command"])
+
+
+@pytest.mark.parametrize("name", ["mnist_fc", "cifar10_narrow"])
+def test_readme_quotes_the_means(results, name):
+    """Every row of README's table of this experiment is made of the records."""
+    section = README.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("| ")
+    ][1:]
+    groups = {LABELS[group.method]: group for group in results.standard_groups(name)}
+    assert [row[0] for row in rows] == [LABELS[method] for method in PAPER_METHODS]
+    for label, rounds, uploads, bits, up, both, accuracy in rows:
+        group = groups[label]
+
+        def mean(*keys, group=group):
+            spread = group.at_target(*keys)
+            assert spread is not None
+            return spread.mean
+
+        assert rounds == f"{mean('iterations'):,.0f}"
+        assert uploads.split(" ± ")[0] == f"{mean('uploads'):,.0f}"
+        assert bits == f"{mean('paper_uplink_bits'):.2e}"
+        assert up == format_bytes(mean("uplink_bytes"))
+        assert both.split(" (")[0] == format_bytes(mean("uplink_bytes", "downlink_bytes"))
+        assert accuracy == f"{group.in_the_end('final_test_accuracy').mean:.2%}"
