@@ -127,7 +127,7 @@ CONFIGS: dict[str, Config] = {
             name="hetero_narrow",
             dataset="cifar10+mnist",
             iterations=400,
-            target_accuracy=0.60,
+            target_accuracy=0.45,
         ),
     )
 }

@@ -33,7 +33,7 @@ RUNS: dict[str, list[Run]] = {
     "table2": _TABLE2,
     "figure2": _TABLE2,
     "figure4": [
-        run for density in DENSITIES for run in _runs("mnist_fc", 2, ("sparse", "sasg"), density)
+        run for density in DENSITIES for run in _runs("mnist_fc", 1, ("sparse", "sasg"), density)
     ],
     "figure5": _runs("hetero_narrow", 1),
 }
