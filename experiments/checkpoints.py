@@ -137,5 +137,7 @@ def _to_json(report: RoundInfo) -> dict[str, Any]:
 
 
 def _from_json(content: dict[str, Any]) -> RoundInfo:
-    arrays = {name: np.asarray(values, dtype) for name, (dtype, values) in content.items()}
+    arrays: dict[str, Any] = {
+        name: np.asarray(values, dtype) for name, (dtype, values) in content.items()
+    }
     return RoundInfo(**arrays, aux=())

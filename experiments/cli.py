@@ -25,7 +25,8 @@ from sasg_jax.exchange import EXCHANGES
 
 Method = Literal["sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way"]
 if TYPE_CHECKING:
-    ConfigName = Exchange = str
+    ConfigName = str
+    Exchange = str
 else:
     ConfigName = Literal[tuple(CONFIGS)]
     Exchange = Literal[tuple(EXCHANGES)]

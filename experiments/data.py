@@ -330,8 +330,8 @@ def _prepare(
 def _archive_label(directory: pathlib.Path | None) -> str:
     """What the results of an unregistered archive are labelled with."""
     path = None if directory is None else directory / "label.txt"
-    lines = path.read_text().splitlines() if path is not None and path.exists() else []
-    return (lines and lines[0].strip()) or "unregistered archive"
+    text = path.read_text() if path is not None and path.exists() else ""
+    return text.partition("\n")[0].strip() or "unregistered archive"
 
 
 def _file_name(url: str, url_info: Any) -> str:

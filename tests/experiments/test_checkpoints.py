@@ -43,15 +43,15 @@ def assert_same(a: Any, b: Any):
 
 
 def progress_of(iteration):
-    report = sasg_jax.RoundInfo(
-        loss=np.float32([[0.1, 2, 3]]),
-        uploaded=np.array([[True, False, True]]),
-        finite=np.array([[True, True, True]]),
-        staleness=np.int32([[1, 2, 3]]),
-        innovation=np.float32([[1e-30, np.inf, np.nan]]),
-        threshold=np.float32([1 / 3]),
-        aux=(),
-    )
+    arrays: dict[str, Any] = {
+        "loss": np.array([[0.1, 2, 3]], np.float32),
+        "uploaded": np.array([[True, False, True]]),
+        "finite": np.array([[True, True, True]]),
+        "staleness": np.array([[1, 2, 3]], np.int32),
+        "innovation": np.array([[1e-30, np.inf, np.nan]], np.float32),
+        "threshold": np.array([1 / 3], np.float32),
+    }
+    report = sasg_jax.RoundInfo(**arrays, aux=())
     return Progress(iteration, {"uploads": 2**70}, [(10, 0.1), (7, 1 / 3)], [report, report])
 
 
