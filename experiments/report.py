@@ -1,108 +1,38 @@
 """The command ``report``: one HTML page of a folder of results, and the PNG and CSV behind it.
 
-The page holds its pictures and its style, needs no script and loads nothing. What it says of the
-paper's claims is computed in :mod:`experiments.findings`; here it is laid out.
+What it says of the paper's claims is computed in :mod:`experiments.findings`, and how a page looks
+is in :mod:`experiments.page`; here is what is on it.
 """
 
-import base64
-import csv
 import dataclasses
 import datetime
-import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import jinja2
 
 from experiments import findings, paper
 from experiments.configs import CONFIGS, PAPER_METHODS
 from experiments.figures import Band, accuracy_range, plot_bands, plot_times
 from experiments.findings import Group, Results, Run, Spread, percent, share
+from experiments.page import (
+    Cell,
+    Figure,
+    Section,
+    Table,
+    count_cell,
+    number_columns,
+    read_panel,
+    significant_cell,
+    text_columns,
+    write_csv,
+    write_page,
+    write_table,
+)
 from experiments.reproduce import RUNS
 from experiments.tables import format_bytes, format_seconds
 
-_TEMPLATES = pathlib.Path(__file__).parent / "templates"
 _ABSENT = "not at hand"
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column of a table."""
-
-    label: str
-    group: str = ""
-    """A heading over this column and its neighbours of the same group."""
-    is_text: bool = False
-
-    @property
-    def csv_name(self) -> str:
-        return f"{self.group}: {self.label}" if self.group else self.label
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """What the page shows, and what the CSV file holds instead if that is a number."""
-
-    text: str
-    value: float | int | None = None
-    is_outside: bool = False
-    """Whether it is further from the paper's than we said that it may be."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """The first column names the rows."""
-
-    name: str
-    caption: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[Cell]]
-    notes: Sequence[str] = ()
-    folded: bool = False
-
-    @property
-    def groups(self) -> list[tuple[str, int]]:
-        """The headings over the columns and how many each spans; empty if there are none."""
-        spans: list[tuple[str, int]] = []
-        for column in self.columns:
-            if spans and spans[-1][0] == column.group:
-                spans[-1] = column.group, spans[-1][1] + 1
-            else:
-                spans.append((column.group, 1))
-        return spans if any(group for group, _ in spans) else []
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One picture."""
-
-    file: str
-    alt: str
-    uri: str
-    """The PNG itself."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """Panels side by side where there is room; ``name`` is that of their CSV file."""
-
-    name: str
-    caption: str
-    panels: Sequence[Panel]
-
-
-@dataclasses.dataclass
-class Section:
-    """A part of the page. ``missing`` is the command that makes what is not there yet."""
-
-    anchor: str
-    title: str
-    paragraphs: list[str] = dataclasses.field(default_factory=list)
-    tables: list[Table] = dataclasses.field(default_factory=list)
-    figures: list[Figure] = dataclasses.field(default_factory=list)
-    missing: str = ""
 
 
 def write_report(directory: pathlib.Path) -> pathlib.Path:
@@ -136,29 +66,17 @@ def write_report(directory: pathlib.Path) -> pathlib.Path:
     ]
     for section in sections:
         for table in section.tables:
-            _write_csv(
-                files / f"{table.name}.csv",
-                [column.csv_name for column in table.columns],
-                [[c.text if c.value is None else c.value for c in row] for row in table.rows],
-            )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    html = environment.get_template("report.html").render(
+            write_table(files, table)
+    path = directory / "report.html"
+    write_page(
+        path,
+        "report.html",
         sections=sections,
         verdicts=findings.verdicts(results),
         paper=paper,
         written=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         done=sum(run.record is not None for run in results.runs),
     )
-    path = directory / "report.html"
-    partial = path.with_name(f"report.html.{os.getpid()}.partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
     return path
 
 
@@ -187,10 +105,10 @@ def _papers_table(groups: Sequence[Group], name: str) -> Table:
     is_comparable = any(findings.is_comparable(group) for group in groups)
     logs = ["authors’ logs", "deviation from logs"] if is_comparable else []
     columns = [
-        *_text("method"),
-        *_numbers("seeds at target"),
-        *_numbers("paper", "ours", "deviation", *logs, group=uploads),
-        *_numbers("paper", "ours", "deviation", group=bits),
+        *text_columns("method"),
+        *number_columns("seeds at target"),
+        *number_columns("paper", "ours", "deviation", *logs, group=uploads),
+        *number_columns("paper", "ours", "deviation", group=bits),
     ]
     rows = []
     for group in groups:
@@ -201,7 +119,7 @@ def _papers_table(groups: Sequence[Group], name: str) -> Table:
         if findings.is_comparable(group):
             papers, papers_bits = paper.MNIST_UPLOADS[group.method], paper.mnist_bits(group.method)
             mean, sd = paper.AUTHORS_UPLOADS[group.method]
-            beside[0], beside[2] = _count(papers), _deviation(ours, papers, is_bound=True)
+            beside[0], beside[2] = count_cell(papers), _deviation(ours, papers, is_bound=True)
             beside_bits[0] = Cell(_scientific(papers_bits), papers_bits)
             beside_bits[2] = _deviation(our_bits, papers_bits, is_bound=True)
             beside_logs = [Cell(f"{mean:,} ± {sd:,}", mean), _deviation(ours, mean)]
@@ -232,10 +150,10 @@ def _honest_table(groups: Sequence[Group], name: str) -> Table:
     to_target, beside, whole = "to the target", "of SGD’s bytes", "whole run"
     has_state = any(record["model_state_bytes"] for g in groups for record in g.records)
     columns = [
-        *_text("method"),
-        *_numbers("rounds", "uploads", "up", "down", "both ways", group=to_target),
-        *_numbers("both ways", "up only", group=beside),
-        *_numbers(*["model state"] * has_state, "final accuracy", group=whole),
+        *text_columns("method"),
+        *number_columns("rounds", "uploads", "up", "down", "both ways", group=to_target),
+        *number_columns("both ways", "up only", group=beside),
+        *number_columns(*["model state"] * has_state, "final accuracy", group=whole),
     ]
     up, down = "uplink_bytes", "downlink_bytes"
     sgd = next((group for group in groups if group.method == "sgd"), None)
@@ -311,7 +229,7 @@ def _curves(groups: Sequence[Group], name: str, files: pathlib.Path) -> Figure:
             target=target if is_accuracy else None,
         )
         alt = f"{label}: {what} against uploads for {who}; mean and range over seeds."
-        panels.append(_panel(files / file, alt))
+        panels.append(read_panel(files / file, alt))
     _write_curves(files / f"{name}.csv", groups)
     counts = {len(group.records) for group in groups}
     seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
@@ -350,7 +268,7 @@ def _write_curves(path: pathlib.Path, groups: Sequence[Group]) -> None:
             density = "" if group.density is None else group.density
             rows.append([group.method, density, len(at_round), at_round[0]["iteration"], *cells])
     header = [f"{key} {name}" for key in keys for name, _ in statistics]
-    _write_csv(path, ["method", "density", "seeds", "round", *header], rows)
+    write_csv(path, ["method", "density", "seeds", "round", *header], rows)
 
 
 def _figure4(results: Results, files: pathlib.Path) -> Section:
@@ -381,7 +299,7 @@ def _figure4(results: Results, files: pathlib.Path) -> Section:
             target=target,
         )
         alt = f"{label}, density {here}: test accuracy against uploads for Sparse and SASG."
-        panels.append(_panel(files / file, alt))
+        panels.append(read_panel(files / file, alt))
     _write_curves(files / "figure4.csv", groups)
     caption = f"{label}: test accuracy against uploads at each density, a mean and range of seeds."
     section.figures.append(Figure("figure4", caption, panels))
@@ -426,16 +344,16 @@ def _uploads_by_density(groups: Sequence[Group], files: pathlib.Path) -> list[Fi
         marker="o",
     )
     header = ["method", "density", "seeds at target", "uploads mean", "min", "max"]
-    _write_csv(files / f"{name}.csv", header, rows)
+    write_csv(files / f"{name}.csv", header, rows)
     alt = f"{label}: uploads to {target} against density for Sparse and SASG."
-    panel = _panel(files / f"{name}.png", alt)
+    panel = read_panel(files / f"{name}.png", alt)
     return [Figure(name, f"{label}: uploads to {target} against density.", [panel])]
 
 
 def _density_table(groups: Sequence[Group]) -> Table:
     columns = [
-        *_text("density and method"),
-        *_numbers("seeds at target", "uploads to the target", "rounds", "final accuracy"),
+        *text_columns("density and method"),
+        *number_columns("seeds at target", "uploads to the target", "rounds", "final accuracy"),
     ]
     rows = [
         [
@@ -520,10 +438,10 @@ def _communication(results: Results, files: pathlib.Path) -> Section:
         )
     time, memory = "time, of SGD’s", "server’s memory"
     columns = [
-        *_text("method and exchange"),
-        *_numbers("uploads a round", "exchange"),
-        *_numbers("ours", "paper", "deviation", group=time),
-        *_numbers("ours", "paper", group=memory),
+        *text_columns("method and exchange"),
+        *number_columns("uploads a round", "exchange"),
+        *number_columns("ours", "paper", "deviation", group=time),
+        *number_columns("ours", "paper", group=memory),
     ]
     seconds = ", ".join(f"{findings.method_label(m)} {s:.2f} s" for m, s in papers.items())
     notes = [
@@ -537,14 +455,14 @@ def _communication(results: Results, files: pathlib.Path) -> Section:
     caption = "Time of the exchange in a round, the paper’s ratios beside ours."
     section.tables.append(Table("table3", caption, columns, rows, notes))
     plot_times(measurements, files / "figure3.png")
-    _write_csv(
+    write_csv(
         files / "figure3.csv",
         ["method", "exchange", "ms per round"],
         [[m.method, m.exchange, m.communication_ms] for m in measurements],
     )
     alt = "Bars on a logarithmic axis: time of the exchange for each method over each exchange."
     caption = f"Time of the exchange in a round, {network}; logarithmic."
-    section.figures.append(Figure("figure3", caption, [_panel(files / "figure3.png", alt)]))
+    section.figures.append(Figure("figure3", caption, [read_panel(files / "figure3.png", alt)]))
     return section
 
 
@@ -561,21 +479,21 @@ def _theory(results: Results, files: pathlib.Path) -> Section:
     found = results.theory["results"]
     section.paragraphs.append(findings.theory_verdict(results.theory).evidence)
     columns = [
-        *_text("check", "problem and method", "quantity"),
-        *_numbers("measured", "allowed"),
-        *_text("verdict"),
-        *_numbers("tolerance"),
-        *_text("source"),
+        *text_columns("check", "problem and method", "quantity"),
+        *number_columns("measured", "allowed"),
+        *text_columns("verdict"),
+        *number_columns("tolerance"),
+        *text_columns("source"),
     ]
     rows = [
         [
             Cell(check["name"]),
             Cell(f"{check['problem']}, {findings.method_label(check['method'])}"),
             Cell(check["quantity"]),
-            _significant(check["measured"]),
-            Cell(f"{_RELATIONS[check['relation']]} {_significant(check['bound']).text}"),
+            significant_cell(check["measured"]),
+            Cell(f"{_RELATIONS[check['relation']]} {significant_cell(check['bound']).text}"),
             Cell("holds" if check["holds"] else "does not hold", is_outside=not check["holds"]),
-            _significant(check["tolerance"]),
+            significant_cell(check["tolerance"]),
             Cell(check["source"]),
         ]
         for check in found["checks"]
@@ -585,7 +503,7 @@ def _theory(results: Results, files: pathlib.Path) -> Section:
     settings = _flat(found.get("settings", {}))
     if settings:
         rows = [[Cell(key), Cell(_plain(value))] for key, value in settings]
-        columns = _text("setting", "value")
+        columns = text_columns("setting", "value")
         caption = f"The settings ({len(rows)})"
         section.tables.append(Table("theory-settings", caption, columns, rows, folded=True))
     for key, variable, what in (("rate", "T", "rounds T"), ("workers", "M", "workers M")):
@@ -633,14 +551,14 @@ def _rates(
         )
         slopes = ", ".join(f"{findings.method_label(b.method)}{b.note[1:]}" for b in bands)
         alt = f"{problem}: averaged squared gradient norm against {what}; {slopes}."
-        panels.append(_panel(file, alt))
+        panels.append(read_panel(file, alt))
     rows = [
         [line["problem"], line["method"], *values, line["slope"]]
         for line in lines
         for values in zip(*(line[field] for field in (variable, "mean", "min", "max")), strict=True)
     ]
     header = ["problem", "method", variable, "mean", "min", "max", "slope"]
-    _write_csv(files / f"{name}.csv", header, rows)
+    write_csv(files / f"{name}.csv", header, rows)
     of = {"rate": "rounds (Theorem 1)", "workers": "number of workers (Remark 1)"}[key]
     caption = (
         f"Squared norm of the full gradient, averaged over a run, against the {of}; both axes "
@@ -660,20 +578,20 @@ def _estimates(results: Results) -> Section:
         "cells for these settings are not at hand."
     )
     columns = [
-        *_text("setting and method", "images"),
-        *_numbers("parameters", "rounds made", "time a round", "rounds in all"),
-        *_numbers("estimate for a run"),
-        *_text("machine"),
+        *text_columns("setting and method", "images"),
+        *number_columns("parameters", "rounds made", "time a round", "rounds in all"),
+        *number_columns("estimate for a run"),
+        *text_columns("machine"),
     ]
     order = lambda e: (list(CONFIGS).index(e["config"]), PAPER_METHODS.index(e["method"]))
     rows = [
         [
             Cell(f"{_dataset(CONFIGS[e['config']].dataset)}, {findings.method_label(e['method'])}"),
             Cell(e["dataset"]),
-            _count(e["num_parameters"]),
-            _count(e["rounds"]),
+            count_cell(e["num_parameters"]),
+            count_cell(e["rounds"]),
             Cell(f"{e['seconds_per_round']:.1f} s", e["seconds_per_round"]),
-            _count(e["iterations"]),
+            count_cell(e["iterations"]),
             Cell(format_seconds(3600 * e["estimated_hours"]), e["estimated_hours"]),
             Cell(e["machine"]),
         ]
@@ -728,10 +646,10 @@ def _environment(results: Results) -> Section:
         versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
         places.setdefault((found["machine"], versions), []).append(name)
     rows = [
-        [Cell(machine), Cell(versions), _count(len(set(names)))]
+        [Cell(machine), Cell(versions), count_cell(len(set(names)))]
         for (machine, versions), names in places.items()
     ]
-    columns = [*_text("machine", "versions"), *_numbers("runs and measurements")]
+    columns = [*text_columns("machine", "versions"), *number_columns("runs and measurements")]
     caption = "Where it was made, and with what."
     section.tables.append(Table("environment", caption, columns, rows))
     section.tables.append(_runs_table(results.runs))
@@ -739,7 +657,7 @@ def _environment(results: Results) -> Section:
         (name, found) for name, found in sessions if "command" in found and "round" not in found
     ]
     if other:
-        columns = _text("measurement", "started", "command")
+        columns = text_columns("measurement", "started", "command")
         rows = [
             [Cell(name), Cell(found.get("started", "")), Cell(found["command"])]
             for name, found in other
@@ -752,11 +670,11 @@ def _environment(results: Results) -> Section:
 
 def _runs_table(runs: Sequence[Run]) -> Table:
     columns = [
-        *_text("run"),
-        *_numbers("seed", "rounds", "resumed"),
-        *_text("sessions began at round", "started"),
-        *_numbers("training"),
-        *_text("command"),
+        *text_columns("run"),
+        *number_columns("seed", "rounds", "resumed"),
+        *text_columns("sessions began at round", "started"),
+        *number_columns("training"),
+        *text_columns("command"),
     ]
     rows = []
     for run in runs:
@@ -821,23 +739,21 @@ def _describe(groups: Sequence[Group]) -> str:
     )
     unit = "units" if config["model"] == "mlp" else "channels in its first stage (64 in the paper)"
     seeds = sorted({record["seed"] for group in groups for record in group.records})
+    adaptive = [group for group in groups if group.method in ("lasg", "sasg")]
+    weights = ", ".join(
+        f"{findings.method_label(group.method)} {group.config['alpha_c'][group.method]:g}"
+        for group in adaptive
+    )
+    rule = f" The rule’s c (α = c·M/γ): {weights}." if weights else ""
     return (
         f"{_data_label(groups)}: {network} {config['width']} {unit}, "
         f"{record['num_parameters']:,} parameters; {config['num_workers']} workers of "
         f"{config['batch_size']} images, density {100 * config['density']:g}\u00a0%, "
         f"D = {config['history']}, {config['iterations']:,} rounds, learning rate "
-        f"{config['learning_rate']:g} (the server averages). The target is a test accuracy of "
-        f"{percent(config['target_accuracy'], 0)}; seed{'s' if len(seeds) > 1 else ''} "
+        f"{config['learning_rate']:g} (the server averages).{rule} The target is a test "
+        f"accuracy of {percent(config['target_accuracy'], 0)}; seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))}."
     )
-
-
-def _text(*labels: str) -> list[Column]:
-    return [Column(label, is_text=True) for label in labels]
-
-
-def _numbers(*labels: str, group: str = "") -> list[Column]:
-    return [Column(label, group) for label in labels]
 
 
 def _mean_sd(spread: Spread | None, text: Any = lambda x: f"{x:,.0f}") -> Cell:
@@ -872,10 +788,6 @@ def _reached(group: Group) -> Cell:
     return Cell(f"{len(group.reached)} of {len(group.records)}", len(group.reached))
 
 
-def _count(value: int) -> Cell:
-    return Cell(f"{value:,}", value)
-
-
 def _accuracy(value: float) -> str:
     return f"{100 * value:.2f}\u00a0%"
 
@@ -883,10 +795,6 @@ def _accuracy(value: float) -> str:
 def _scientific(value: float) -> str:
     """``2.97e9``."""
     return f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
-
-
-def _significant(value: float) -> Cell:
-    return Cell(f"{value:.3g}".replace("-", "−"), value)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -906,15 +814,3 @@ def _plain(value: Any) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _panel(path: pathlib.Path, alt: str) -> Panel:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return Panel(f"report/{path.name}", alt, f"data:image/png;base64,{data}")
-
-
-def _write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -411,6 +411,8 @@ def test_another_setting_is_not_compared_with_the_paper(tmp_path, monkeypatch, c
 def test_cifar_is_labelled_with_what_it_is(page):
     section = "table2-cifar10_narrow"
     assert page.text(section).startswith("Table II: CIFAR-10 (JPEG), narrow ResNet18")
+    c = CONFIGS["cifar10_narrow"].alpha_c
+    assert f"(α = c·M/γ): LASG {c['lasg']:g}, SASG {c['sasg']:g}." in page.text(section)
     assert page.row(section, "SASG")[:4] == ["2 of 2", "not comparable", "3,000 ± 0", "–"]
     assert page.tables[section][1][1][8] == "model state"
     assert page.row(section, "SASG", table=1)[7] == "2 MB"
