@@ -89,7 +89,7 @@ _CIFAR10_NARROW = dataclasses.replace(
     iterations=900,
     learning_rate=0.05,
     target_accuracy=0.5,
-    alpha_c={"lasg": 30.0, "sasg": 18.0},
+    alpha_c={"lasg": 60.0, "sasg": 18.0},
     decay_iterations=(600,),
     evaluate_every=50,
 )
