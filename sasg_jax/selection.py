@@ -22,7 +22,7 @@ from sasg_jax._checks import check_choice
 
 # Below this size lax.top_k is as fast, and above this density the bound prunes too little.
 _MIN_PRUNED_SIZE = 1 << 15
-_MAX_PRUNED_DENSITY = 1 / 16
+_MAX_PRUNED_DENSITY = 1 / 4
 # Prime, so that the sample falls on every column of a matrix: rows and columns differ in scale.
 _SAMPLE_STRIDE = 17
 _WORD = 32  # bits in one word of a mask
