@@ -17,8 +17,9 @@ DIGITS = dataclasses.replace(CONFIGS["digits"], iterations=20, evaluate_every=10
 def test_table_2_has_five_seeds_of_mnist_and_two_of_the_narrow_resnet():
     runs = collections.Counter((run.config.name, run.method) for run in reproduce.RUNS["table2"])
     methods = ("sgd", "sparse", "lasg", "sasg")
-    assert runs == {("mnist_fc", m): 5 for m in (*methods, "sasg_two_way")} | {
-        ("cifar10_narrow", m): 2 for m in methods
+    assert runs == {("mnist_fc", m): 5 for m in methods} | {
+        ("mnist_fc", "sasg_two_way"): 1,
+        **{("cifar10_narrow", m): 2 for m in methods},
     }
     seeds = {run.seed for run in reproduce.RUNS["table2"] if run.config.name == "mnist_fc"}
     assert seeds == {1, 2, 3, 4, 5}
