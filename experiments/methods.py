@@ -16,8 +16,13 @@ def learning_rate(config: Config) -> optax.ScalarOrSchedule:
     return optax.piecewise_constant_schedule(config.learning_rate, scales)
 
 
-def make_optimizer(config: Config, method: str) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of one of :data:`experiments.configs.METHODS`."""
+def make_optimizer(
+    config: Config, method: str, *, simulated: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of one of :data:`experiments.configs.METHODS`.
+
+    Where one device simulates all workers, many of them share their stale parameters.
+    """
     rate, workers = learning_rate(config), config.num_workers
     shared: dict[str, Any] = {"num_workers": workers}
     if config.exchange is not None:
@@ -34,6 +39,7 @@ def make_optimizer(config: Config, method: str) -> optax.GradientTransformationE
         "alpha": sasg_jax.released_alpha(
             config.alpha_c["lasg" if method == "lasg" else "sasg"], workers
         ),
+        "share_stale_params": simulated and workers > config.max_staleness,
     }
     if method == "lasg":
         return sasg_jax.lasg(rate, **rule)

@@ -24,6 +24,9 @@ from sasg_jax.transform import find_state
 
 PyTree = Any
 
+# Of simulated workers whose gradients are in memory at once.
+_LARGEST_CHUNK = 32
+
 
 def partition(
     config: Config, dataset: data.Dataset, source: np.ndarray | None, seed: int
@@ -110,9 +113,10 @@ def train(
     mesh = None if group is None else Mesh(np.asarray(jax.devices()), ("workers",))
     train_step = sasg_jax.make_train_step(
         loss_fn,
-        make_optimizer(config, method),
+        make_optimizer(config, method, simulated=mesh is None),
         num_workers=config.num_workers,
         driver="vmap" if mesh is None else "shard_map",
+        chunk_size=_chunk_size(config) if mesh is None else None,
         devices=None if mesh is None else jax.devices(),
         has_model_state=has_model_state,
         has_key=config.augment,
@@ -270,6 +274,14 @@ def train(
         compute_seconds=sum(seconds for _, seconds in taken),
         ms_per_iteration=1000 * float(np.median([seconds / rounds for rounds, seconds in taken])),
     )
+
+
+def _chunk_size(config: Config) -> int | None:
+    """How many simulated workers compute at a time: as many as divide them, but not too many."""
+    if config.num_workers <= _LARGEST_CHUNK or config.exchange == "sharded":
+        return None
+    sizes = range(1, _LARGEST_CHUNK + 1)
+    return max(size for size in sizes if config.num_workers % size == 0)
 
 
 def _test_examples_by_source(dataset: data.Dataset) -> list[np.ndarray]:

@@ -20,6 +20,9 @@ Args:
     None is ``released_alpha(0.5, num_workers)``, that is 0.5·M/γ.
   downlink: compressor of the way down; None sends it dense.
   exchange: how messages travel, see :mod:`sasg_jax.exchange`.
+  share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once, in
+    place of a copy of those of its last upload for each worker: less memory where a device
+    simulates more workers than that.
   axis_name: name of the mapped axis over workers.
 
 References: Deng et al., `Communication-Efficient Distributed Learning via Sparse and Adaptive
@@ -50,6 +53,7 @@ def sgd(
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
+        share_stale_params=False,
         axis_name=axis_name,
     )
 
@@ -71,6 +75,7 @@ def sparse_sgd(
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
+        share_stale_params=False,
         axis_name=axis_name,
     )
 
@@ -84,6 +89,7 @@ def lasg(
     alpha: Alpha | AlphaFn | None = None,
     downlink: Compressor | None = None,
     exchange: str = "gather",
+    share_stale_params: bool = False,
     axis_name: str = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     """Lazily aggregated SGD: whole gradients, from workers whose gradient has changed enough.
@@ -98,6 +104,7 @@ def lasg(
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
+        share_stale_params=share_stale_params,
         axis_name=axis_name,
     )
 
@@ -112,6 +119,7 @@ def sasg(
     alpha: Alpha | AlphaFn | None = None,
     downlink: Compressor | None = None,
     exchange: str = "gather",
+    share_stale_params: bool = False,
     axis_name: str = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     """Sparse and adaptive SGD: the top k, from workers whose gradient has changed enough.
@@ -133,5 +141,6 @@ def sasg(
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
+        share_stale_params=share_stale_params,
         axis_name=axis_name,
     )

@@ -108,4 +108,9 @@ def sum_rows(rows: jax.Array) -> jax.Array:
 
     (XLA's own reduction over a leading axis is tens of times slower on the CPU, in jaxlib 0.10.)
     """
-    return lax.scan(lambda total, row: (total + row, None), rows[0], rows[1:], unroll=8)[0]
+    return add_rows(rows[0], rows[1:])
+
+
+def add_rows(total: jax.Array, rows: jax.Array) -> jax.Array:
+    """Adds the rows of the leading axis to a total, one after another."""
+    return lax.scan(lambda total, row: (total + row, None), total, rows, unroll=8)[0]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sasg_jax.compressors import Compressor
+from sasg_jax.recent_params import init_recent
 from sasg_jax.shards import one_shard
 from sasg_jax.upload_rules import UploadRule
 
@@ -32,6 +33,7 @@ class ServerState(NamedTuple):
     round: jax.Array  # rounds made, t. shape=(), dtype=jnp.int32
     downlink_residual: PyTree  # r, like params; () for a dense way down
     previous_params: PyTree  # w_{t-1}, like params; () where the step is known as it is made
+    recent_params: PyTree  # of sasg_jax.recent_params; () where each worker keeps its own
 
 
 def init_server(
@@ -43,6 +45,7 @@ def init_server(
     num_workers: int,
     num_shards: int = 1,
     keep_params: bool,
+    share_stale_params: bool = False,
 ) -> ServerState:
     """The state before the first round: empty messages and no steps.
 
@@ -61,6 +64,7 @@ def init_server(
         if downlink.lossless
         else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), served),
         previous_params=jax.tree.map(jnp.copy, params) if keep_params else (),
+        recent_params=init_recent(params, rule.max_staleness) if share_stale_params else (),
     )
 
 

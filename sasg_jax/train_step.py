@@ -9,9 +9,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sasg_jax import chunks
 from sasg_jax._checks import check_axis_name, check_choice, check_int, expected
 from sasg_jax.state_axes import per_worker, stack_workers
-from sasg_jax.transform import diagnostics
+from sasg_jax.transform import WorkerHalf, diagnostics, find_state
 
 PyTree = Any
 Device = Any  # jax.Device
@@ -60,6 +61,7 @@ def make_train_step(
     has_key: bool = False,
     devices: Sequence[Device] | None = None,
     axis_name: str = "workers",
+    chunk_size: int | None = None,
     donate: bool = True,
 ) -> TrainStep:
     """Makes the jitted step of a whole training run, simulated or on several devices.
@@ -80,6 +82,9 @@ def make_train_step(
       has_key: whether ``loss_fn`` needs random numbers.
       devices: the M devices of ``"pmap"`` and ``"shard_map"``; the first M by default.
       axis_name: the axis that ``tx`` was built with.
+      chunk_size: how many of the simulated workers compute at a time; it divides M. Only their
+        gradients are then in memory. None is all at once. See also ``share_stale_params`` of
+        :func:`sasg_jax.sasg`.
       donate: whether ``step`` may reuse the memory of the state it is given.
 
     Raises:
@@ -95,6 +100,10 @@ def make_train_step(
         tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     tx = optax.with_extra_args_support(tx)
     devices = _check_devices(driver, devices, num_workers)
+    if chunk_size is not None:
+        chunk_size = check_int("chunk_size", chunk_size, minimum=1)
+        if driver != "vmap":
+            raise expected("chunk_size", chunk_size, f"to be None for driver={driver!r}")
 
     def loss_parts(params, model_state, key, batch):
         extra = {"model_state": model_state} if has_model_state else {}
@@ -150,6 +159,30 @@ def make_train_step(
                 "transformation."
             ) from error
 
+    def simulated_in_chunks(state: TrainState, batch: PyTree) -> tuple[TrainState, RoundInfo]:
+        assert chunk_size is not None
+        owners = _owners(state)
+        own = _keep_own(owners, state)
+        to_one = TrainState(*_map_own(lambda x: x[0], owners, state))
+
+        def worker_half(own, batch):
+            def one_worker(own, batch):
+                state = TrainState(*_fill_own(owners, own, to_one))
+                state = state._replace(opt_state=chunks.link(state.opt_state, WorkerHalf()))
+                state, info = worker_step(state, batch)
+                message = find_state(state.opt_state).link.message
+                state = state._replace(opt_state=chunks.link(state.opt_state, ()))
+                return _keep_own(owners, state), info._replace(threshold=()), message
+
+            return jax.vmap(one_worker, axis_name=axis_name)(own, batch)
+
+        made = chunks.make_round(
+            tx, worker_half, own, batch, state.params, to_one.opt_state, chunk_size=chunk_size
+        )
+        shared = TrainState(made.params, made.opt_state, state.model_state, state.keys)
+        threshold = find_state(made.opt_state).server.threshold
+        return _fill_own(owners, made.own, shared), made.infos._replace(threshold=threshold)
+
     def check(state: TrainState, batch: PyTree) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             if jnp.shape(leaf)[:1] != (num_workers,):
@@ -157,9 +190,9 @@ def make_train_step(
                     f"Expected batch{jax.tree_util.keystr(path)} to have a leading axis of "
                     f"num_workers={num_workers}, got shape {jnp.shape(leaf)}."
                 )
-        if driver != "vmap":
-            # vmap refuses to return as shared what depends on the worker. The other drivers would
-            # return one worker's, and replicas would drift apart.
+        if driver != "vmap" or chunk_size is not None:
+            # vmap refuses to return as shared what depends on the worker. The others would return
+            # one worker's, and replicas would drift apart.
             jax.eval_shape(simulated, state, batch)
 
     def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
@@ -196,7 +229,10 @@ def make_train_step(
 
         def vmapped_step(state, batch):
             check(state, batch)
-            return simulated(state, batch)
+            if chunk_size is None:
+                return simulated(state, batch)
+            chunks.check_chunks(state.opt_state, num_workers, chunk_size)
+            return simulated_in_chunks(state, batch)
 
         return TrainStep(init, jax.jit(vmapped_step, donate_argnums=donated))
 
@@ -279,6 +315,16 @@ def _map_own(fn: Callable[[jax.Array], jax.Array], owners: PyTree, tree: PyTree)
     return jax.tree.map(
         lambda is_own, part: jax.tree.map(fn, part) if is_own else part, owners, tree
     )
+
+
+def _keep_own(owners: PyTree, tree: PyTree) -> PyTree:
+    """The parts that belong to one worker, and ``()`` in place of the others."""
+    return jax.tree.map(lambda is_own, part: part if is_own else (), owners, tree)
+
+
+def _fill_own(owners: PyTree, own: PyTree, tree: PyTree) -> PyTree:
+    """Puts the parts that belong to one worker into a tree."""
+    return jax.tree.map(lambda is_own, mine, part: mine if is_own else part, owners, own, tree)
 
 
 def _fill_masked(tree: PyTree, params: PyTree) -> PyTree:

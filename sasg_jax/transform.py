@@ -28,6 +28,7 @@ from sasg_jax._checks import (
     expected,
 )
 from sasg_jax.compressors import Compressor, identity, top_k
+from sasg_jax.recent_params import read_recent, write_recent
 from sasg_jax.server import ServerState
 from sasg_jax.shards import one_shard, per_shard
 from sasg_jax.upload_rules import UploadRule
@@ -64,6 +65,26 @@ class AggregateState(NamedTuple):
     worker: WorkerState
     server: ServerState
     wire: WireSizes
+    link: PyTree = ()  # between the halves of a round made in chunks, see sasg_jax.chunks; else ()
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class WorkerHalf:
+    """As a state's ``link``: make the worker's half of the round and leave a :class:`Posted`."""
+
+
+class Posted(NamedTuple):
+    """What a worker's half of a round leaves behind."""
+
+    message: PyTree
+
+
+class ServerHalf(NamedTuple):
+    """As a state's ``link``: make the server's half of the round, of these messages."""
+
+    rows: PyTree  # leading axis M; with the exchange "psum" their sum
+    uploaded: jax.Array | None  # None where all always upload. shape=(M,), dtype=jnp.bool_
 
 
 class Diagnostics(NamedTuple):
@@ -87,6 +108,7 @@ def aggregate(
     num_workers: int,
     downlink: Compressor | None = None,
     exchange: str = "gather",
+    share_stale_params: bool = False,
     axis_name: str = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each worker's gradient by the server's mean of messages, before any optimiser.
@@ -105,6 +127,9 @@ def aggregate(
       downlink: compressor of the way down, e.g. ``top_k(0.01)``; None sends it dense.
       exchange: how messages travel, see :mod:`sasg_jax.exchange`: ``"gather"``, ``"lazy"``,
         ``"server"``, ``"relay"`` or ``"sharded"``; ``"psum"`` for identity with always.
+      share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
+        in place of a copy of those of its last upload for each worker. For an adaptive rule, with
+        more workers on a device than that. ``stale_grads`` cannot be used then.
       axis_name: name of the mapped axis over workers.
 
     Returns:
@@ -124,6 +149,7 @@ def aggregate(
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
+        share_stale_params=share_stale_params,
         axis_name=axis_name,
     )
 
@@ -136,6 +162,7 @@ def make_transform(
     num_workers: int,
     downlink: Compressor | None,
     exchange: str,
+    share_stale_params: bool,
     axis_name: str,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind :func:`aggregate` and :mod:`sasg_jax.algorithms`.
@@ -158,6 +185,11 @@ def make_transform(
         raise expected("exchange", exchange, "only for identity compression with always uploading")
     if exchange == "relay" and downlink is not None:
         raise expected("downlink", downlink, "to be None for exchange='relay', which sends no step")
+    if share_stale_params and not rule.adaptive:
+        raise expected(
+            "share_stale_params", share_stale_params, "to be False where all always upload"
+        )
+    keep_params = rule.adaptive and not share_stale_params
     down = identity() if downlink is None else downlink
     # With one server the worker compresses for it, and decodes from it, the whole tree.
     num_shards = num_workers if exchange == "sharded" else 1
@@ -174,7 +206,7 @@ def make_transform(
         check_params(params)
         up_size, down_size = up_link.message_size(params), down_link.message_size(params)
         return AggregateState(
-            worker=init_worker(compressor, rule, params),
+            worker=init_worker(compressor, rule, params, keep_params=keep_params),
             server=server_lib.init_server(
                 compressor,
                 rule,
@@ -183,6 +215,7 @@ def make_transform(
                 num_workers=num_workers,
                 num_shards=num_shards,
                 keep_params=rule.adaptive and not complete,
+                share_stale_params=share_stale_params,
             ),
             wire=WireSizes(
                 num_workers=num_workers,
@@ -205,13 +238,20 @@ def make_transform(
     ) -> tuple[PyTree, Any]:
         del extra_args
         grads = updates
+        if share_stale_params and stale_grads is not None:
+            raise ValueError(
+                "Expected grad_fn in place of stale_grads with share_stale_params=True: where the "
+                "stale parameters are shared, a worker's state has none of its own."
+            )
         if params is None:
             raise ValueError(
                 "Expected params to be passed to update(grads, state, params), got None."
             )
-        check_mapped_axis(axis_name, num_workers)
+        half = state.link
+        if half == ():
+            check_mapped_axis(axis_name, num_workers)
+            _check_not_summed(grads, axis_name)
         check_like("grads", grads, params)
-        _check_not_summed(grads, axis_name)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         server = state.server
         gamma = learning_rate(server.round) if callable(learning_rate) else learning_rate
@@ -225,32 +265,45 @@ def make_transform(
                 history = upload_rules.record_step(history, step_weights, moved, num_workers)
             threshold, history = upload_rules.take_threshold(history)
 
-        worker, message = worker_round(
-            up_link,
-            rule,
-            state.worker,
-            grads,
-            params,
-            stale_grads_fn=lambda stale: _stale_grads(stale, params, grad_fn, stale_grads),
-            learning_rate=jnp.ones(()) if gamma is None else gamma,
-            threshold=threshold,
-            round=server.round,
-        )
+        def stale_grads_fn(stale_params):
+            if share_stale_params:
+                uploaded_in = server.round - state.worker.staleness
+                stale_params = read_recent(server.recent_params, uploaded_in)
+            return _stale_grads(stale_params, params, grad_fn, stale_grads)
+
+        worker, message = state.worker, None
+        if not isinstance(half, ServerHalf):
+            worker, message = worker_round(
+                up_link,
+                rule,
+                state.worker,
+                grads,
+                params,
+                stale_grads_fn=stale_grads_fn,
+                learning_rate=jnp.ones(()) if gamma is None else gamma,
+                threshold=threshold,
+                round=server.round,
+                keep_params=keep_params,
+            )
+        if isinstance(half, WorkerHalf):
+            nothing = jax.tree.map(jnp.zeros_like, params)
+            return nothing, AggregateState(worker, server, state.wire, Posted(message))
 
         memory = server.messages, server.downlink_residual
+        like = jax.eval_shape(lambda: params) if num_shards == 1 else one_shard(params, num_shards)
+        serve = functools.partial(server_lib.server_round, compressor, down, like)
         if exchange == "psum":
-            total = exchange_lib.psum(message, axis_name)
+            is_summed = isinstance(half, ServerHalf)
+            total = half.rows if is_summed else exchange_lib.psum(message, axis_name)
             step = jax.tree.map(lambda x: x / num_workers, total)
             sent, residual = server_lib.compress_step(down, step, server.downlink_residual)
             memory = (), residual
+        elif isinstance(half, ServerHalf):
+            memory, sent = serve(memory, half.rows, half.uploaded)
         else:
             served = exchange_lib.SERVED[exchange]
             flags = served.tell(worker.uploaded, axis_name) if rule.adaptive else None
             rows = served.collect(message, flags, axis_name)
-            like = (
-                jax.eval_shape(lambda: params) if num_shards == 1 else one_shard(params, num_shards)
-            )
-            serve = functools.partial(server_lib.server_round, compressor, down, like)
             memory, sent = served.serve(serve, axis_name, memory, rows, flags)
             sent = served.spread(sent, axis_name)
         # What is sent without loss and in one piece is the step itself.
@@ -268,6 +321,7 @@ def make_transform(
             round=jnp.asarray(optax.safe_increment(server.round)),
             downlink_residual=memory[1],
             previous_params=params if rule.adaptive and not complete else (),
+            recent_params=write_recent(server.recent_params, params, server.round),
         )
         new_updates = jax.tree.map(jnp.negative, step) if complete else step
         return new_updates, AggregateState(worker, new_server, state.wire)

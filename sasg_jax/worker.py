@@ -25,18 +25,23 @@ class WorkerState(NamedTuple):
     """What one worker carries from round to round. Differs between workers."""
 
     residual: PyTree  # like params, or () for a lossless compressor
-    stale_params: PyTree  # like params, or () when every worker always uploads
+    stale_params: PyTree  # like params; () when all always upload, or the server keeps them
     staleness: jax.Array  # rounds since the last upload, τ = t - s. shape=(), dtype=jnp.int32
     uploaded: jax.Array  # in the last round. shape=(), dtype=jnp.bool_
     finite: jax.Array  # whether the last gradient was. shape=(), dtype=jnp.bool_
     innovation: jax.Array  # ‖g - g'‖², 0 in a forced round. shape=(), dtype=jnp.float32
 
 
-def init_worker(compressor: Compressor, rule: UploadRule, params: PyTree) -> WorkerState:
-    """The state before the first round. A worker that has never uploaded must upload."""
+def init_worker(
+    compressor: Compressor, rule: UploadRule, params: PyTree, *, keep_params: bool
+) -> WorkerState:
+    """The state before the first round. A worker that has never uploaded must upload.
+
+    With ``keep_params`` it keeps the parameters of its last upload.
+    """
     return WorkerState(
         residual=() if compressor.lossless else jax.tree.map(jnp.zeros_like, params),
-        stale_params=jax.tree.map(jnp.copy, params) if rule.adaptive else (),
+        stale_params=jax.tree.map(jnp.copy, params) if keep_params else (),
         staleness=jnp.asarray(rule.max_staleness, jnp.int32),
         uploaded=jnp.asarray(False),
         finite=jnp.asarray(True),
@@ -55,6 +60,7 @@ def worker_round(
     learning_rate: jax.Array,
     threshold: jax.Array,
     round: jax.Array,
+    keep_params: bool,
 ) -> tuple[WorkerState, PyTree]:
     """One worker's half of a round.
 
@@ -64,11 +70,12 @@ def worker_round(
       state: the worker's state.
       grads: g, its gradient at ``params``. Like ``params``.
       params: w_t.
-      stale_grads_fn: gives g' at the stale parameters; called only for an adaptive rule, and on a
-        device of its own run only in rounds in which the upload is not forced anyway.
+      stale_grads_fn: gives g' from ``state.stale_params``; called only for an adaptive rule, and on
+        a device of its own run only in rounds in which the upload is not forced anyway.
       learning_rate: γ. ``# shape=()``
       threshold: right-hand side of (6). ``# shape=(), dtype=float32``
       round: t. ``# shape=(), dtype=int32``
+      keep_params: as in :func:`init_worker`.
 
     Returns:
       The new state, and the message, which is all zeros where the worker is silent.
@@ -106,7 +113,7 @@ def worker_round(
             message, _ = compressor.compress(scaled)
         else:
             message, residual = compressor.compress(jax.tree.map(jnp.add, scaled, residual))
-        return (residual, params if rule.adaptive else ()), message
+        return (residual, params if keep_params else ()), message
 
     (residual, stale_params), message = update_if(
         uploaded, upload, (state.residual, state.stale_params), grads, params, learning_rate

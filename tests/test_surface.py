@@ -31,11 +31,12 @@ def test_public_names_are_documented(name):
 RATE = [("learning_rate", inspect.Parameter.empty), ("num_workers", inspect.Parameter.empty)]
 DENSITY = [("density", 0.01)]
 RULE = [("max_staleness", 10), ("history", 10), ("alpha", None)]
+SHARE = ("share_stale_params", False)
 SIGNATURES = {
     "sgd": [*RATE, ("downlink", None), ("exchange", "psum")],
     "sparse_sgd": [*RATE, *DENSITY, ("downlink", None), ("exchange", "gather")],
-    "lasg": [*RATE, *RULE, ("downlink", None), ("exchange", "gather")],
-    "sasg": [*RATE, *DENSITY, *RULE, ("downlink", None), ("exchange", "gather")],
+    "lasg": [*RATE, *RULE, ("downlink", None), ("exchange", "gather"), SHARE],
+    "sasg": [*RATE, *DENSITY, *RULE, ("downlink", None), ("exchange", "gather"), SHARE],
 }
 
 

@@ -31,7 +31,7 @@ INNOVATION = sum(
 
 def _state(compressor, rule=RULE, staleness=2, residual_seed=9):
     """A worker in the middle of a run."""
-    state = init_worker(compressor, rule, PARAMS)
+    state = init_worker(compressor, rule, PARAMS, keep_params=rule.adaptive)
     return state._replace(
         residual=() if compressor.lossless else _tree(residual_seed),
         stale_params=STALE_PARAMS if rule.adaptive else (),
@@ -49,6 +49,7 @@ def _compiled(compressor, rule):
             grads,
             PARAMS,
             stale_grads_fn=lambda stale_params: stale_grads,
+            keep_params=rule.adaptive,
             **arguments,
         )
 
@@ -147,6 +148,7 @@ def test_no_stale_gradient_in_a_forced_round(staleness, round):
             learning_rate=jnp.float32(0.5),
             threshold=jnp.float32(np.inf),
             round=round,
+            keep_params=True,
         )
 
     new, _ = one_round(jnp.int32(staleness), jnp.int32(round))
@@ -160,7 +162,7 @@ def test_no_stale_gradient_in_a_forced_round(staleness, round):
 def test_uploads_are_exactly_max_staleness_rounds_apart_at_most():
     """A worker that never has news uploads every fifth round, never later."""
     compressor = COMPRESSORS["top_k"]
-    state = init_worker(compressor, RULE, PARAMS)
+    state = init_worker(compressor, RULE, PARAMS, keep_params=True)
     uploads = []
     for t in range(20):
         state, _ = _round(state, compressor, threshold=np.inf, round=t)
@@ -175,7 +177,7 @@ def test_always_uploads_without_a_stale_gradient():
 
     rule = sasg_jax.always()
     compressor = COMPRESSORS["top_k"]
-    state = init_worker(compressor, rule, PARAMS)
+    state = init_worker(compressor, rule, PARAMS, keep_params=rule.adaptive)
     new, _ = worker_round(
         compressor,
         rule,
@@ -186,6 +188,7 @@ def test_always_uploads_without_a_stale_gradient():
         learning_rate=jnp.float32(1),
         threshold=jnp.float32(np.inf),
         round=jnp.int32(10),
+        keep_params=False,
     )
     assert bool(new.uploaded)
     assert new.stale_params == ()
@@ -231,7 +234,7 @@ def test_learning_rate_is_not_rounded_to_half_precision():
     """gamma g is rounded once: 0.1 is 0.10009765625 in bfloat16."""
     compressor = COMPRESSORS["identity"]
     params = {"w": jnp.arange(1, 65, dtype=jnp.bfloat16)}
-    state = init_worker(compressor, sasg_jax.always(), params)
+    state = init_worker(compressor, sasg_jax.always(), params, keep_params=False)
     _, message = worker_round(
         compressor,
         sasg_jax.always(),
@@ -242,6 +245,7 @@ def test_learning_rate_is_not_rounded_to_half_precision():
         learning_rate=jnp.float32(0.1),
         threshold=jnp.float32(0),
         round=jnp.int32(0),
+        keep_params=False,
     )
     want = (np.float32(0.1) * np.arange(1, 65, dtype=np.float32)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(message["w"], want)
