@@ -13,7 +13,7 @@ import jax
 import rich.console
 import tyro
 
-from experiments import cluster, data, estimate, report, reproduce, runs, wire
+from experiments import bench, cluster, data, estimate, report, reproduce, runs, wire
 from experiments.configs import CONFIGS, PAPER_METHODS, Config
 from experiments.figures import plot_curves
 from experiments.launch import end_with_launcher, launch
@@ -196,6 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
                 reproduce.work(command, given)
             elif isinstance(command, estimate.Estimate):
                 estimate.work(command, given)
+            elif isinstance(command, bench.Bench):
+                bench.work(command, given)
             else:
                 print(f"Report: {report.write_report(command.directory)}")
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
@@ -222,7 +224,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-Command = Compare | Run | Launch | wire.Wire | reproduce.Reproduce | estimate.Estimate | Report
+Command = (
+    Compare
+    | Run
+    | Launch
+    | wire.Wire
+    | reproduce.Reproduce
+    | estimate.Estimate
+    | bench.Bench
+    | Report
+)
 
 
 def _parse(arguments: list[str] | None) -> Command:
@@ -232,6 +243,7 @@ def _parse(arguments: list[str] | None) -> Command:
         | Annotated[reproduce.Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[estimate.Estimate, tyro.conf.subcommand("estimate")]
+        | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
         | Annotated[wire.Wire, tyro.conf.subcommand("wire")]
         | Annotated[Launch, tyro.conf.subcommand("launch")],
         prog="python -m experiments",

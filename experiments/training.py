@@ -116,7 +116,7 @@ def train(
         make_optimizer(config, method, simulated=mesh is None),
         num_workers=config.num_workers,
         driver="vmap" if mesh is None else "shard_map",
-        chunk_size=_chunk_size(config) if mesh is None else None,
+        chunk_size=chunk_size(config) if mesh is None else None,
         devices=None if mesh is None else jax.devices(),
         has_model_state=has_model_state,
         has_key=config.augment,
@@ -276,7 +276,7 @@ def train(
     )
 
 
-def _chunk_size(config: Config) -> int | None:
+def chunk_size(config: Config) -> int | None:
     """How many simulated workers compute at a time: as many as divide them, but not too many."""
     if config.num_workers <= _LARGEST_CHUNK or config.exchange == "sharded":
         return None

@@ -1,0 +1,485 @@
+"""The command ``bench``: how fast selection and rounds are, beside their floors and beside PyTorch.
+
+Every number stands beside the least that it could be: of a selection, one pass over the vector; of
+a round, two gradients of every worker and the norm of their difference, which rule (6) needs. All
+that are compared take turns, so that what else the machine does falls on all of them; benchmark
+libraries time one thing after the other. What needs memory is measured in processes of their own.
+"""
+
+import dataclasses
+import functools
+import multiprocessing
+import pathlib
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.box
+import rich.console
+import rich.table
+
+import sasg_jax
+from experiments.configs import CONFIGS, PAPER_METHODS
+from experiments.figures import LABELS, plot_ratios
+from experiments.methods import make_optimizer
+from experiments.records import session, write_json
+from experiments.training import chunk_size
+from sasg_jax.selection import magnitude_top_k
+
+Part = Literal["selection", "round", "workers", "parameters"]
+
+SIZES = (401_408, 2_359_296, 11_173_962)
+"""Of the first layer of the paper's MLP, the largest of ResNet18, and all of ResNet18."""
+
+DENSITY = 0.01
+WORKERS = (100, 1000)
+PARAMETERS = 100_000_000
+_ROUNDS_PER_CALL = 20
+_WARM_UP_ROUNDS = 400
+
+
+@dataclasses.dataclass
+class Bench:
+    """Measures selection, rounds, and what many workers and many parameters take.
+
+    Everything is beside its floor, and beside the same as a plain PyTorch loop where PyTorch is
+    installed (`pip install -e ".[experiments,torch]"`).
+    """
+
+    parts: tuple[Part, ...] = ("selection", "round", "workers", "parameters")
+    """What to measure."""
+
+    repeats: int = 11
+    """How many times each is timed, in turn with the others."""
+
+    out: pathlib.Path = pathlib.Path("results/bench")
+    """A folder for bench.json and bench.png."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One thing that was measured, beside its floor."""
+
+    part: str
+    case: str
+    seconds: float
+    """Median."""
+    low: float
+    high: float
+    floor: float
+    """Seconds, or d-sized arrays where that is what is measured."""
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.floor
+
+
+def work(command: Bench, arguments: Sequence[str]) -> None:
+    """Measures, prints and writes; raises ValueError for bad options."""
+    if command.repeats < 1:
+        raise ValueError(f"Expected --repeats={command.repeats} to be at least 1.")
+    console = rich.console.Console()
+    rows: list[Row] = []
+    for part in command.parts:
+        with console.status(f"measuring: {part}"):
+            rows += _PARTS[part](command.repeats)
+    console.print(table(rows))
+    write_json(
+        command.out / "bench.json",
+        {**session(arguments), "rows": [{**dataclasses.asdict(r), "ratio": r.ratio} for r in rows]},
+    )
+    figure = command.out / "bench.png"
+    plot_ratios([(f"{row.part}: {row.case}", row.ratio) for row in rows], figure)
+    console.print(f"Results: {command.out / 'bench.json'}\nFigure:  {figure}", soft_wrap=True)
+
+
+def table(rows: Sequence[Row]) -> rich.table.Table:
+    """For a terminal."""
+    shown = rich.table.Table(
+        title="Medians, the range, and how far above the floor", box=rich.box.SIMPLE_HEAD
+    )
+    for heading in ("", "Case", "Median", "Range", "Of the floor", ""):
+        is_text = heading in ("", "Case")
+        shown.add_column(heading, justify="left" if is_text else "right")
+    for row in rows:
+        shown.add_row(
+            row.part,
+            row.case,
+            _milliseconds(row.seconds),
+            f"{_milliseconds(row.low)} – {_milliseconds(row.high)}",
+            f"{row.ratio:.2f}",
+            row.note,
+        )
+    return shown
+
+
+def interleave(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds that each case takes, ``repeats`` times, in turn. The first time is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for case in cases.values():
+        case()
+    for _ in range(repeats):
+        for name, case in cases.items():
+            began = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def _rows(
+    part: str,
+    seconds: Mapping[str, Sequence[float]],
+    floor: str,
+    *,
+    per: float = 1,
+    notes: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """A row for each case; ``per`` is how many rounds, say, each time is of."""
+    medians = {name: statistics.median(times) / per for name, times in seconds.items()}
+    return [
+        Row(
+            part,
+            name,
+            medians[name],
+            min(times) / per,
+            max(times) / per,
+            medians[floor],
+            (notes or {}).get(name, ""),
+        )
+        for name, times in seconds.items()
+    ]
+
+
+# Selection ----------------------------------------------------------------------------------------
+
+
+def _measure_selection(repeats: int) -> list[Row]:
+    torch = _torch()
+    rows = []
+    for size in SIZES:
+        x = np.random.default_rng(0).normal(size=size).astype(np.float32)
+        vector, k = jnp.asarray(x), int(DENSITY * size)
+        cases = {
+            "one pass": _compiled(lambda x: jnp.abs(x).max(), vector),
+            "ours": _compiled(functools.partial(magnitude_top_k, k=k), vector),
+            "lax.top_k": _compiled(functools.partial(magnitude_top_k, k=k, method="lax"), vector),
+        }
+        if torch:
+            tensor = torch.from_numpy(x)
+            cases["torch.topk"] = lambda tensor=tensor, k=k: torch.topk(tensor.abs(), k)
+        part = f"top 1 % of {size:,}"
+        seconds = interleave(cases, repeats)
+        rows += _rows(part, seconds, "one pass", notes=_times_faster(seconds, "ours"))
+    return rows
+
+
+def _compiled(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> Callable[[], Any]:
+    run = jax.jit(fn)
+    return lambda: jax.block_until_ready(run(x))
+
+
+def _times_faster(seconds: Mapping[str, Sequence[float]], ours: str) -> dict[str, str]:
+    base = statistics.median(seconds[ours])
+    return {
+        name: f"{statistics.median(times) / base:.1f} × ours"
+        for name, times in seconds.items()
+        if name not in (ours, "one pass", "floor")
+    }
+
+
+# A round ------------------------------------------------------------------------------------------
+
+
+def _measure_round(repeats: int) -> list[Row]:
+    """Of the paper's MLP for MNIST, ten workers of ten images."""
+    config = CONFIGS["mnist_fc"]
+    images, labels = _examples(config.num_workers, config.batch_size)
+    cases: dict[str, Callable[[], Any]] = {"floor": _floor(config, images, labels)}
+    uploads: dict[str, Callable[[], float]] = {}
+    for method in PAPER_METHODS:
+        cases[LABELS[method]], uploads[LABELS[method]] = _simulated(config, method, images, labels)
+    torch = _torch()
+    if torch:
+        loop = _TorchLoop(torch, config, np.asarray(images), np.asarray(labels))
+        cases["SASG, PyTorch loop"], uploads["SASG, PyTorch loop"] = loop.run, loop.fraction
+    seconds = interleave(cases, repeats)
+    notes = {name: f"{fraction():.0%} upload" for name, fraction in uploads.items()}
+    if torch:
+        slower = _times_faster(seconds, "SASG")["SASG, PyTorch loop"]
+        notes["SASG, PyTorch loop"] += f", {slower} SASG"
+    return _rows("round of MNIST-FC", seconds, "floor", per=_ROUNDS_PER_CALL, notes=notes)
+
+
+def _examples(num_workers: int, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Noisy images of ten classes. shape=(rounds, M, B, 784) and (rounds, M, B)"""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, (_ROUNDS_PER_CALL, num_workers, batch_size))
+    means = rng.normal(size=(10, 784))
+    images = 0.5 * means[labels] + rng.normal(size=(*labels.shape, 784))
+    return jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+
+
+def _params(width: int = 512) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(1)
+    uniform = lambda *shape: jnp.asarray(rng.uniform(-1, 1, shape) / np.sqrt(shape[0]), jnp.float32)
+    return {
+        "w1": uniform(784, width),
+        "b1": jnp.zeros(width),
+        "w2": uniform(width, 10),
+        "b2": jnp.zeros(10),
+    }
+
+
+def _loss(params: Any, batch: Any) -> jax.Array:
+    images, labels = batch
+    hidden = jax.nn.relu(images @ params["w1"] + params["b1"])
+    logits = hidden @ params["w2"] + params["b2"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _floor(config: Any, images: jax.Array, labels: jax.Array) -> Callable[[], Any]:
+    """Two gradients of every worker, one at parameters of its own, and their distance."""
+    params = _params()
+    own = jax.tree.map(lambda x: jnp.stack([x] * config.num_workers), params)
+    grad = jax.grad(_loss)
+
+    def one_worker(params, stale, batch):
+        difference = jax.tree.map(jnp.subtract, grad(params, batch), grad(stale, batch))
+        return optax.tree.norm(difference, squared=True)
+
+    @jax.jit
+    def run(params, own, images, labels):
+        def one_round(total, batch):
+            return total + jax.vmap(one_worker, (None, 0, 0))(params, own, batch).sum(), None
+
+        return jax.lax.scan(one_round, 0.0, (images, labels))[0]
+
+    return lambda: jax.block_until_ready(run(params, own, images, labels))
+
+
+def _simulated(
+    config: Any, method: str, images: jax.Array, labels: jax.Array
+) -> tuple[Callable[[], Any], Callable[[], float]]:
+    """Rounds of a run that is under way, and the part of the workers that upload in them."""
+    train_step = sasg_jax.make_train_step(
+        _loss,
+        make_optimizer(config, method, simulated=True),
+        num_workers=config.num_workers,
+        chunk_size=chunk_size(config),
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def rounds(state, images, labels):
+        state, info = jax.lax.scan(train_step.step, state, (images, labels))
+        return state, info.uploaded
+
+    carried = {"state": train_step.init(_params()), "uploaded": None}
+
+    def run():
+        carried["state"], carried["uploaded"] = jax.block_until_ready(
+            rounds(carried["state"], images, labels)
+        )
+
+    for _ in range(_WARM_UP_ROUNDS // len(images)):
+        run()
+    return run, lambda: float(np.mean(carried["uploaded"]))
+
+
+# The same in PyTorch ------------------------------------------------------------------------------
+
+
+def _torch() -> Any:
+    """PyTorch, or None where it is not installed."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return torch
+
+
+class _TorchLoop:
+    """SASG as a user of PyTorch would write it: a loop over workers, and over tensors in each."""
+
+    def __init__(self, torch: Any, config: Any, images: np.ndarray, labels: np.ndarray):
+        self.torch, self.config = torch, config
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels).long()
+        start = [torch.from_numpy(np.array(x)) for x in jax.tree.leaves(_params())]
+        self.params = [p.clone().requires_grad_() for p in start]
+        workers = range(config.num_workers)
+        self.residuals = [[torch.zeros_like(p) for p in start] for _ in workers]
+        self.stale = [[p.clone().requires_grad_() for p in start] for _ in workers]
+        self.messages: list[Any] = [None for _ in workers]
+        self.staleness = [config.max_staleness for _ in workers]
+        self.steps: list[float] = []
+        self.rounds, self.uploads = 0, []
+        for _ in range(_WARM_UP_ROUNDS // len(images)):
+            self.run()
+
+    def fraction(self) -> float:
+        return self.uploads[-1]
+
+    def run(self) -> None:
+        uploads = sum(
+            self.one_round(*batch) for batch in zip(self.images, self.labels, strict=True)
+        )
+        self.uploads.append(uploads / (len(self.images) * self.config.num_workers))
+
+    def grads(self, params: Any, images: Any, labels: Any) -> Any:
+        b1, b2, w1, w2 = params  # in the order of the tree's leaves
+        logits = self.torch.relu(images @ w1 + b1) @ w2 + b2
+        loss = self.torch.nn.functional.cross_entropy(logits, labels)
+        return self.torch.autograd.grad(loss, params)
+
+    def one_round(self, images: Any, labels: Any) -> int:
+        torch, config = self.torch, self.config
+        count, rate = config.num_workers, config.learning_rate
+        alpha = config.alpha_c["sasg"] * count / rate
+        threshold = alpha * sum(self.steps[-config.history :]) / count**2
+        uploads = 0
+        for m in range(count):
+            grads = self.grads(self.params, images[m], labels[m])
+            must = self.rounds < config.history or self.staleness[m] >= config.max_staleness
+            if not must:
+                stale = self.grads(self.stale[m], images[m], labels[m])
+                innovation = sum(((g - s) ** 2).sum() for g, s in zip(grads, stale, strict=True))
+                if innovation <= threshold:
+                    self.staleness[m] += 1
+                    continue
+            message = []
+            with torch.no_grad():
+                for g, residual in zip(grads, self.residuals[m], strict=True):
+                    residual.add_(g, alpha=rate)
+                    flat = residual.view(-1)
+                    indices = torch.topk(flat.abs(), max(1, int(config.density * flat.numel())))[1]
+                    message.append((indices, flat[indices]))
+                    flat[indices] = 0
+                for stale, p in zip(self.stale[m], self.params, strict=True):
+                    stale.copy_(p)
+            self.messages[m], self.staleness[m] = message, 1
+            uploads += 1
+        moved = 0.0
+        with torch.no_grad():
+            for i, p in enumerate(self.params):
+                step = torch.zeros(p.numel())
+                for message in self.messages:
+                    indices, values = message[i]
+                    step[indices] += values
+                step /= count
+                p -= step.view_as(p)
+                moved += float((step**2).sum())
+        self.steps.append(moved)
+        self.rounds += 1
+        return uploads
+
+
+# Many workers and many parameters -----------------------------------------------------------------
+
+
+def _measure_workers(repeats: int) -> list[Row]:
+    """Time for each worker in a round of SASG, beside that of the fewest workers."""
+    found = {count: _in_a_process(_many_workers, count, repeats) for count in WORKERS}
+    floor = statistics.median(found[WORKERS[0]][0]) / WORKERS[0]
+    return [
+        Row(
+            "SASG round of MNIST-FC, per worker",
+            f"{count:,} workers",
+            statistics.median(seconds) / count,
+            min(seconds) / count,
+            max(seconds) / count,
+            floor,
+            f"peak memory {peak / 2**30:.1f} GiB",
+        )
+        for count, (seconds, peak, _) in found.items()
+    ]
+
+
+def _many_workers(count: int, repeats: int) -> tuple[list[float], int, int]:
+    config = dataclasses.replace(CONFIGS["mnist_fc"], num_workers=count)
+    images, labels = _examples(count, config.batch_size)
+    begun = _peak_bytes()
+    train_step = sasg_jax.make_train_step(
+        _loss,
+        make_optimizer(config, "sasg", simulated=True),
+        num_workers=count,
+        chunk_size=chunk_size(config),
+    )
+    state = train_step.init(_params())
+    seconds = []
+    for t in range(config.history + repeats):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(
+            train_step.step(state, (images[t % len(images)], labels[t % len(images)]))
+        )
+        seconds.append(time.perf_counter() - began)
+    return seconds[config.history :], _peak_bytes(), begun
+
+
+def _measure_parameters(repeats: int) -> list[Row]:
+    """One worker's step with 100 M parameters: time, and memory in arrays of that size."""
+    seconds, peak, begun = _in_a_process(_many_parameters, PARAMETERS, max(3, repeats // 3))
+    floor = 4 * PARAMETERS
+    case = f"{PARAMETERS:,} parameters"
+    median = statistics.median(seconds)
+    return [
+        Row(
+            "SASG step of one worker",
+            case,
+            median,
+            min(seconds),
+            max(seconds),
+            median,
+            f"peak memory {(peak - begun) / floor:.1f} arrays of that size, {peak / 2**30:.1f} GiB",
+        )
+    ]
+
+
+def _many_parameters(size: int, repeats: int) -> tuple[list[float], int, int]:
+    width = 10_000
+    begun = _peak_bytes()
+
+    def loss(params, batch):
+        return jnp.square(jax.nn.relu(batch @ params["w1"]) @ params["w2"]).mean()
+
+    tx = sasg_jax.sasg(1e-3, num_workers=1, density=DENSITY, history=1)
+    train_step = sasg_jax.make_train_step(loss, tx, num_workers=1)
+    shape = (width, size // (2 * width))
+    params = {"w1": jnp.full(shape, 1e-3), "w2": jnp.full(shape[::-1], 1e-3)}
+    state = jax.block_until_ready(train_step.init(params))
+    del params
+    seconds = []
+    for t in range(1 + repeats):
+        batch = jax.random.normal(jax.random.key(t), (1, 4, width))
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(train_step.step(state, batch))
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:], _peak_bytes(), begun
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _in_a_process(fn: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``fn`` returns in a new process, whose memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(fn, arguments)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.3g} ms" if seconds < 1 else f"{1000 * seconds:,.0f} ms"
+
+
+_PARTS: dict[str, Callable[[int], list[Row]]] = {
+    "selection": _measure_selection,
+    "round": _measure_round,
+    "workers": _measure_workers,
+    "parameters": _measure_parameters,
+}
