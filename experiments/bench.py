@@ -204,7 +204,9 @@ def _measure_round(repeats: int) -> list[Row]:
     cases: dict[str, Callable[[], Any]] = {"floor": _floor(config, images, labels)}
     uploads: dict[str, Callable[[], float]] = {}
     for method in PAPER_METHODS:
-        cases[LABELS[method]], uploads[LABELS[method]] = _simulated(config, method, images, labels)
+        cases[LABELS[method]], uploads[LABELS[method]] = _simulated(
+            config, method, images, labels, {}
+        )
     torch = _torch()
     if torch:
         loop = _TorchLoop(torch, config, np.asarray(images), np.asarray(labels))
@@ -265,9 +267,12 @@ def _floor(config: Any, images: jax.Array, labels: jax.Array) -> Callable[[], An
 
 
 def _simulated(
-    config: Any, method: str, images: jax.Array, labels: jax.Array
+    config: Any, method: str, images: jax.Array, labels: jax.Array, carried: dict[str, Any]
 ) -> tuple[Callable[[], Any], Callable[[], float]]:
-    """Rounds of a run that is under way, and the part of the workers that upload in them."""
+    """Rounds of a run that is under way, and the part of the workers that upload in them.
+
+    ``carried`` holds the state from one call to the next.
+    """
     train_step = sasg_jax.make_train_step(
         _loss,
         make_optimizer(config, method, simulated=True),
@@ -280,7 +285,7 @@ def _simulated(
         state, info = jax.lax.scan(train_step.step, state, (images, labels))
         return state, info.uploaded
 
-    carried = {"state": train_step.init(_params()), "uploaded": None}
+    carried["state"] = train_step.init(_params())
 
     def run():
         carried["state"], carried["uploaded"] = jax.block_until_ready(

@@ -32,10 +32,11 @@ def magnitude_top_k(x: jax.Array, k: int, *, method: str = "auto") -> jax.Array:
     """Returns the indices of the ``k`` entries of largest magnitude, in no particular order.
 
     Of entries with equal magnitude those with the lowest index come first, as in
-    :func:`jax.lax.top_k`.
+    :func:`jax.lax.top_k`. NaN is smaller than all numbers, so that it is not chosen where there are
+    ``k`` numbers.
 
     Args:
-      x: vector without NaN. ``# shape=(n,)``
+      x: vector. ``# shape=(n,)``
       k: number of indices, 1 <= k <= n.
       method: ``"lax"``, ``"pruned"``, or ``"auto"``: pruned on the CPU for long vectors.
 
@@ -48,7 +49,7 @@ def magnitude_top_k(x: jax.Array, k: int, *, method: str = "auto") -> jax.Array:
 
 def lax_top_k(x: jax.Array, k: int) -> jax.Array:
     """The reference, :func:`jax.lax.top_k` on magnitudes."""
-    return lax.top_k(jnp.abs(x), k)[1].astype(jnp.int32)
+    return lax.top_k(_magnitudes(x), k)[1].astype(jnp.int32)
 
 
 def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
@@ -57,7 +58,7 @@ def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
         return lax_top_k(x, k)
     x = x.astype(jnp.float32)
     sample = x[: x.size // _SAMPLE_STRIDE * _SAMPLE_STRIDE]
-    sample = jnp.abs(sample.reshape(-1, _SAMPLE_STRIDE)[:, 0])
+    sample = _magnitudes(sample.reshape(-1, _SAMPLE_STRIDE)[:, 0])
     # A quarter more than the expected rank, and some entries for small k, so that the bound rarely
     # lies above the k-th largest. `min`, not `[-1]`: XLA's fast top-k is lost behind a slice.
     rank = int(1.25 * k / _SAMPLE_STRIDE) + 8
@@ -73,6 +74,10 @@ def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
         return listed[_bisect_top_k(magnitudes, k)]
 
     return lax.cond((count >= k) & (count <= capacity), exact, lambda: lax_top_k(x, k))
+
+
+def _magnitudes(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(x), -1, jnp.abs(x))
 
 
 def _auto_top_k(x: jax.Array, k: int) -> jax.Array:

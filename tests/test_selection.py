@@ -121,6 +121,22 @@ def test_under_vmap_and_scan():
     np.testing.assert_array_equal(lax.scan(lambda c, x: (c, select(x)), None, rows)[1], want)
 
 
+@pytest.mark.parametrize("size", [1000, 40_000])
+@pytest.mark.parametrize("method", selection.METHODS)
+@pytest.mark.parametrize("nan_at", ["sampled", "largest", "most"])
+def test_nan_is_not_chosen_where_there_are_numbers(method, size, nan_at):
+    x, k = _vectors(size, 1)["normal"].copy(), 20
+    if nan_at == "sampled":
+        x[::17] = np.nan
+    elif nan_at == "largest":
+        x[np.argsort(-np.abs(x))[:k]] = np.nan
+    else:
+        x[: size - 2 * k] = np.nan
+    got = jax.jit(lambda x: selection.magnitude_top_k(x, k, method=method))(x)
+    want = np.argsort(-np.where(np.isnan(x), -1, np.abs(x)), kind="stable")[:k]
+    np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
 @pytest.mark.parametrize("method", selection.METHODS)
 def test_equal_magnitudes_go_by_index(method):
     x = np.tile([1.0, -1.0], 300).astype(np.float32)

@@ -1,0 +1,69 @@
+"""The benchmark times what it says, and its PyTorch loop is the algorithm that it is set beside."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import bench, cli
+from experiments.configs import CONFIGS
+
+
+def test_cases_take_turns_and_the_first_time_is_not_counted():
+    calls = []
+    cases = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = bench.interleave(cases, 3)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_rows_are_medians_beside_the_floor():
+    seconds = {"floor": [2.0, 4.0, 3.0], "case": [9.0, 6.0, 30.0]}
+    rows = {row.case: row for row in bench._rows("part", seconds, "floor", per=10)}
+    assert rows["case"].seconds == pytest.approx(0.9)
+    assert (rows["case"].low, rows["case"].high) == (0.6, 3.0)
+    assert rows["case"].ratio == pytest.approx(3)
+    assert rows["floor"].ratio == 1
+
+
+def test_the_command_leaves_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SIZES", (2000,))
+    out = tmp_path / "bench"
+    cli.main(["bench", "--parts", "selection", "--repeats", "2", "--out", str(out)])
+    content = json.loads((out / "bench.json").read_text())
+    rows = {row["case"]: row for row in content["rows"]}
+    assert rows.keys() >= {"one pass", "ours", "lax.top_k"}
+    for row in rows.values():
+        assert row["low"] <= row["seconds"] <= row["high"]
+        assert row["ratio"] == row["seconds"] / rows["one pass"]["seconds"]
+    assert content["command"].startswith("python -m experiments bench")
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "top 1 % of 2,000" in capsys.readouterr().out
+
+
+def test_bad_repeats(capsys):
+    with pytest.raises(SystemExit, match="Expected --repeats=0 to be at least 1"):
+        cli.main(["bench", "--repeats", "0"])
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    seconds, peak, begun = bench._in_a_process(bench._many_workers, 12, 2)
+    assert len(seconds) == 2
+    assert peak > begun > 0
+
+
+def test_the_pytorch_loop_is_the_same_algorithm(monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is an extra")
+    monkeypatch.setattr(bench, "_WARM_UP_ROUNDS", 40)
+    config = CONFIGS["mnist_fc"]
+    images, labels = bench._examples(config.num_workers, config.batch_size)
+    carried = {}
+    run, fraction = bench._simulated(config, "sasg", images, labels, carried)
+    loop = bench._TorchLoop(torch, config, np.asarray(images), np.asarray(labels))
+    for _ in range(2):
+        run()
+        loop.run()
+        assert fraction() == pytest.approx(loop.fraction(), abs=0.05)
+    for ours, theirs in zip(jax.tree.leaves(carried["state"].params), loop.params, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach(), atol=2e-3)
