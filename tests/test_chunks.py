@@ -1,5 +1,7 @@
 """A round made chunk by chunk is the round made at once."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -94,7 +96,8 @@ def test_only_a_chunks_gradients_are_in_memory():
         tx = sasg_jax.sasg(0.1, num_workers=workers, density=0.001, share_stale_params=True)
         train_step = sasg_jax.make_train_step(loss, tx, num_workers=workers, chunk_size=chunk_size)
         batch = jnp.ones((workers, 256))
-        compiled = train_step.step.lower(train_step.init(params), batch).compile()
+        step: Any = train_step.step  # jitted
+        compiled = step.lower(train_step.init(params), batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     d = 4 * 256 * 256
