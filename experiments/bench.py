@@ -103,11 +103,13 @@ def work(command: Bench, arguments: Sequence[str]) -> None:
 def table(rows: Sequence[Row]) -> rich.table.Table:
     """For a terminal."""
     shown = rich.table.Table(
-        title="Medians, the range, and how far above the floor", box=rich.box.SIMPLE_HEAD
+        title="Medians, the range, and how far above the floor",
+        box=rich.box.SIMPLE_HEAD,
+        padding=0,
     )
-    for heading in ("", "Case", "Median", "Range", "Of the floor", ""):
+    for heading in ("", "Case", "Median", "Range", "× floor", ""):
         is_text = heading in ("", "Case")
-        shown.add_column(heading, justify="left" if is_text else "right")
+        shown.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
     for row in rows:
         shown.add_row(
             row.part,
@@ -314,7 +316,8 @@ class _TorchLoop:
 
     def __init__(self, torch: Any, config: Any, images: np.ndarray, labels: np.ndarray):
         self.torch, self.config = torch, config
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels).long()
+        self.images = torch.from_numpy(images.copy())  # of arrays that cannot be written to
+        self.labels = torch.from_numpy(labels.copy()).long()
         start = [torch.from_numpy(np.array(x)) for x in jax.tree.leaves(_params())]
         self.params = [p.clone().requires_grad_() for p in start]
         workers = range(config.num_workers)
