@@ -243,10 +243,10 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
     curve, record and final parameters are those of a run that was never stopped."""
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "experiments", "run", "digits", "--method", "sasg_two_way"]
-    command += ["--iterations", "40000", "--width", "16", "--checkpoint-seconds", "0"]
+    command += ["--iterations", "12000", "--width", "16", "--checkpoint-seconds", "0"]
 
-    def run(out, kill_after=None):
-        """Runs the command, and kills it so many seconds after it has begun to train."""
+    def run(out, checkpoints=None, seconds=0.0):
+        """Runs the command, and kills it so many checkpoints and seconds after it has begun."""
         process = subprocess.Popen(
             [*command, "--out", str(out)],
             stdout=subprocess.DEVNULL,
@@ -255,12 +255,12 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
             env=environment,
         )
         with process:
-            if kill_after is not None:
-                seen = sessions(out)
-                while sessions(out) == seen:
+            if checkpoints is not None:
+                seen, start = sessions(out), newest(out)
+                while sessions(out) == seen or newest(out) < start + 100 * checkpoints:
                     assert process.poll() is None, process.stderr and process.stderr.read()
                     time.sleep(0.01)
-                time.sleep(kill_after)
+                time.sleep(seconds)
                 process.kill()
             assert process.stderr
             process.stderr.read()
@@ -273,6 +273,10 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
         about = folder(out) / "run.json"
         return len(RunFiles(folder(out)).about()["sessions"]) if about.exists() else 0
 
+    def newest(out):
+        names = [path.name for path in (folder(out) / "checkpoints").glob("*")]
+        return max([int(name) for name in names if name.isdigit()], default=0)
+
     def outcome(out):
         files = RunFiles(folder(out))
         record = files.record()
@@ -282,8 +286,8 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
 
     assert run(tmp_path / "whole") == 0
     rng = np.random.default_rng(1)
-    for kill_after in rng.uniform(0, 1.5, 10):
-        assert run(tmp_path / "killed", kill_after) == -signal.SIGKILL
+    for checkpoints, seconds in zip(rng.integers(0, 10, 10), rng.uniform(0, 0.2, 10), strict=True):
+        assert run(tmp_path / "killed", checkpoints, seconds) == -signal.SIGKILL
     assert run(tmp_path / "killed") == 0
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     rounds = [
@@ -291,4 +295,4 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
     ]
     assert rounds == sorted(rounds)
     assert len(set(rounds)) > 5  # most of them had gone on from where the one before was
-    assert 0 < rounds[-1] < 40000
+    assert 0 < rounds[-1] < 12000
