@@ -47,18 +47,23 @@ def four_processes(tmp_path_factory, paths_of_children):
 
 
 @pytest.fixture(scope="module")
-def simulations(dataset):
+def simulations(tmp_path_factory, paths_of_children):
     """What the simulation of four workers sees, by name.
 
-    All exchanges but one have the same mathematics, and share the simulation of one of them.
+    It runs in a process as new as those that it is compared with: in one that has run other tests,
+    sums were seen to be rounded differently. All exchanges but one have the same mathematics, and
+    share the simulation of one of them.
     """
+    folder = tmp_path_factory.mktemp("simulated")
     simulated = {}
 
     def simulation(name):
         method, exchange, *width = name.split("-")
         key = method, exchange == "sharded", *width
         if key not in simulated:
-            simulated[key] = replicas.run(name, dataset, None)
+            command = [sys.executable, replicas.__file__, str(folder), name]
+            subprocess.run(command, check=True)
+            simulated[key] = np.load(folder / f"{name}-simulated.npz")
         return simulated[key]
 
     return simulation
