@@ -1,8 +1,8 @@
 """Trains with every method and exchange, as a simulation or as one of several processes.
 
 ``python replicas.py FOLDER NAME ...`` under :func:`experiments.launch.launch` leaves what each
-process has seen of the named pairs in FOLDER, one file for a process and a pair; without a launcher,
-what the simulation of all workers has.
+process has seen of the named pairs in FOLDER, one file for a process and a pair. Without a
+launcher, it leaves what the simulation of all workers has seen.
 """
 
 import dataclasses
