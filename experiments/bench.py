@@ -30,12 +30,18 @@ from experiments.figures import LABELS, plot_ratios
 from experiments.methods import make_optimizer
 from experiments.records import session, write_json
 from experiments.training import chunk_size
-from sasg_jax.selection import magnitude_top_k
+from sasg_jax.selection import MIN_FILL, approximate_top_k, magnitude_top_k
 
 Part = Literal["selection", "round", "workers", "parameters"]
 
 SIZES = (401_408, 2_359_296, 11_173_962)
 """Of the first layer of the paper's MLP, the largest of ResNet18, and all of ResNet18."""
+
+BATCH = 4
+"""Vectors in one selection under ``vmap`` or ``scan``."""
+
+FEEDBACK_ROUNDS = 100
+"""Rounds of error feedback over which the approximate selection is judged."""
 
 DENSITY = 0.01
 WORKERS = (100, 1000)
@@ -166,19 +172,32 @@ def _measure_selection(repeats: int) -> list[Row]:
     torch = _torch()
     rows = []
     for size in SIZES:
-        x = np.random.default_rng(0).normal(size=size).astype(np.float32)
-        vector, k = jnp.asarray(x), int(DENSITY * size)
+        x = np.random.default_rng(0).normal(size=(BATCH, size)).astype(np.float32)
+        vectors, k = jnp.asarray(x), int(DENSITY * size)
+        ours = functools.partial(magnitude_top_k, k=k)
+        reference = functools.partial(magnitude_top_k, k=k, method="lax")
         cases = {
-            "one pass": _compiled(lambda x: jnp.abs(x).max(), vector),
-            "ours": _compiled(functools.partial(magnitude_top_k, k=k), vector),
-            "lax.top_k": _compiled(functools.partial(magnitude_top_k, k=k, method="lax"), vector),
+            "one pass": _compiled(lambda x: jnp.abs(x).max(), vectors[0]),
+            "ours": _compiled(ours, vectors[0]),
+            "approximate": _with_memory(functools.partial(approximate_top_k, k=k), vectors[0]),
+            "lax.top_k": _compiled(reference, vectors[0]),
         }
         if torch:
-            tensor = torch.from_numpy(x)
+            tensor = torch.from_numpy(x[0])
             cases["torch.topk"] = lambda tensor=tensor, k=k: torch.topk(tensor.abs(), k)
-        part = f"top 1 % of {size:,}"
+        for name, over in (("vmap", jax.vmap), ("scan", _scanned)):
+            cases[f"ours, {name}"] = _compiled(over(ours), vectors)
+            cases[f"lax.top_k, {name}"] = _compiled(over(reference), vectors)
         seconds = interleave(cases, repeats)
-        rows += _rows(part, seconds, "one pass", notes=_times_faster(seconds, "ours"))
+        for name in cases:
+            if name.endswith(("vmap", "scan")):
+                seconds[name] = [total / BATCH for total in seconds[name]]
+        notes = _times_as_long(seconds, "ours")
+        for name in ("vmap", "scan"):
+            notes |= _times_as_long(seconds, f"ours, {name}", only=[f"lax.top_k, {name}"])
+            del notes[f"ours, {name}"]
+        notes["approximate"] = _judge_approximate(size, k)
+        rows += _rows(f"top 1 % of {size:,}", seconds, "one pass", notes=notes)
     return rows
 
 
@@ -187,13 +206,63 @@ def _compiled(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> Callable[[]
     return lambda: jax.block_until_ready(run(x))
 
 
-def _times_faster(seconds: Mapping[str, Sequence[float]], ours: str) -> dict[str, str]:
+def _with_memory(fn: Callable[..., Any], x: jax.Array) -> Callable[[], Any]:
+    """As :func:`_compiled`, for a function that wants back the threshold that it gave last."""
+    run, threshold = jax.jit(lambda x, threshold: fn(x, threshold=threshold)), jnp.float32(0)
+
+    def once():
+        nonlocal threshold
+        _, threshold = jax.block_until_ready(run(x, threshold))
+
+    for _ in range(10):
+        once()
+    return once
+
+
+def _scanned(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda rows: jax.lax.scan(lambda carried, x: (carried, fn(x)), None, rows)[1]
+
+
+def _times_as_long(
+    seconds: Mapping[str, Sequence[float]], ours: str, only: Sequence[str] | None = None
+) -> dict[str, str]:
+    """How many times as long as ours the others take, or those of them named."""
     base = statistics.median(seconds[ours])
     return {
-        name: f"{statistics.median(times) / base:.1f} × ours"
+        name: f"{statistics.median(times) / base:.2g} × {ours}"
         for name, times in seconds.items()
-        if name not in (ours, "one pass", "floor")
+        if name not in (ours, "one pass", "floor") and (only is None or name in only)
     }
+
+
+def _judge_approximate(size: int, k: int) -> str:
+    """Its contraction factor ‖x - C(x)‖²/‖x‖² beside that of the k largest, under error feedback.
+
+    Of gradients whose entries have scales of their own, from a lognormal distribution.
+    """
+
+    @jax.jit
+    def one_round(carried, key):
+        residual, threshold, scales = carried
+        x = residual + scales * jax.random.normal(key, (size,))
+        count = (jnp.abs(x) >= threshold).sum()
+        renewed = (count < MIN_FILL * k) | (count > k)
+        indices, threshold = approximate_top_k(x, k, threshold)
+        squares = jnp.square(x)
+        total = squares.sum()
+        residual = x.at[indices].set(0)
+        best = 1 - squares[magnitude_top_k(x, k)].sum() / total
+        left = jnp.square(residual).sum() / total
+        return (residual, threshold, scales), (left, best, renewed)
+
+    scales = jnp.exp(jax.random.normal(jax.random.key(0), (size,)))
+    start = jnp.zeros(size), jnp.float32(0), scales
+    keys = jax.random.split(jax.random.key(1), FEEDBACK_ROUNDS)
+    left, best, renewed = map(np.asarray, jax.lax.scan(one_round, start, keys)[1])
+    return (
+        f"contraction {left.mean():.3f} (exact {best.mean():.3f}), "
+        f"{renewed.mean():.0%} of thresholds found anew"
+    )
 
 
 # A round ------------------------------------------------------------------------------------------
@@ -209,6 +278,9 @@ def _measure_round(repeats: int) -> list[Row]:
         cases[LABELS[method]], uploads[LABELS[method]] = _simulated(
             config, method, images, labels, {}
         )
+    cases["SASG, approximate"], uploads["SASG, approximate"] = _simulated(
+        config, "sasg", images, labels, {}, selection="approximate"
+    )
     torch = _torch()
     if torch:
         loop = _TorchLoop(torch, config, np.asarray(images), np.asarray(labels))
@@ -216,8 +288,7 @@ def _measure_round(repeats: int) -> list[Row]:
     seconds = interleave(cases, repeats)
     notes = {name: f"{fraction():.0%} upload" for name, fraction in uploads.items()}
     if torch:
-        slower = _times_faster(seconds, "SASG")["SASG, PyTorch loop"]
-        notes["SASG, PyTorch loop"] += f", {slower} SASG"
+        notes["SASG, PyTorch loop"] += f", {_times_as_long(seconds, 'SASG')['SASG, PyTorch loop']}"
     return _rows("round of MNIST-FC", seconds, "floor", per=_ROUNDS_PER_CALL, notes=notes)
 
 
@@ -269,7 +340,12 @@ def _floor(config: Any, images: jax.Array, labels: jax.Array) -> Callable[[], An
 
 
 def _simulated(
-    config: Any, method: str, images: jax.Array, labels: jax.Array, carried: dict[str, Any]
+    config: Any,
+    method: str,
+    images: jax.Array,
+    labels: jax.Array,
+    carried: dict[str, Any],
+    **options: Any,
 ) -> tuple[Callable[[], Any], Callable[[], float]]:
     """Rounds of a run that is under way, and the part of the workers that upload in them.
 
@@ -277,7 +353,7 @@ def _simulated(
     """
     train_step = sasg_jax.make_train_step(
         _loss,
-        make_optimizer(config, method, simulated=True),
+        make_optimizer(config, method, simulated=True, **options),
         num_workers=config.num_workers,
         chunk_size=chunk_size(config),
     )

@@ -17,11 +17,12 @@ def learning_rate(config: Config) -> optax.ScalarOrSchedule:
 
 
 def make_optimizer(
-    config: Config, method: str, *, simulated: bool = False
+    config: Config, method: str, *, simulated: bool = False, selection: str = "auto"
 ) -> optax.GradientTransformationExtraArgs:
     """The optimiser of one of :data:`experiments.configs.METHODS`.
 
-    Where one device simulates all workers, many of them share their stale parameters.
+    Where one device simulates all workers, many of them share their stale parameters. ``selection``
+    is how those that send the top k find them, see :func:`sasg_jax.top_k`.
     """
     rate, workers = learning_rate(config), config.num_workers
     shared: dict[str, Any] = {"num_workers": workers}
@@ -30,8 +31,9 @@ def make_optimizer(
     if method == "sgd":
         return sasg_jax.sgd(rate, **shared)
     downlink = sasg_jax.top_k(config.density) if method.endswith("two_way") else None
+    sparse = {"density": config.density, "selection": selection, "downlink": downlink}
     if method in ("sparse", "sparse_two_way"):
-        return sasg_jax.sparse_sgd(rate, density=config.density, downlink=downlink, **shared)
+        return sasg_jax.sparse_sgd(rate, **sparse, **shared)
     rule = {
         **shared,
         "max_staleness": config.max_staleness,
@@ -43,4 +45,4 @@ def make_optimizer(
     }
     if method == "lasg":
         return sasg_jax.lasg(rate, **rule)
-    return sasg_jax.sasg(rate, density=config.density, downlink=downlink, **rule)
+    return sasg_jax.sasg(rate, **sparse, **rule)

@@ -168,7 +168,7 @@ class Host:
         if exchange == "sharded":
             up, down_of = per_shard(up, config.num_workers), one_shard(params, config.num_workers)
         message, answer = (
-            jax.eval_shape(lambda tree, c=c: c.compress(tree)[0], tree)
+            jax.eval_shape(lambda tree, c=c: c.compress(tree).message, tree)
             for c, tree in ((up, served), (down, down_of))
         )
 

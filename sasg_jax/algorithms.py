@@ -14,6 +14,7 @@ Args:
   learning_rate: γ, a number above 0 or an optax schedule of the round.
   num_workers: M, the size of the mapped axis.
   density: kept fraction k/d of every tensor, in (0, 1].
+  selection: how those entries are found, see :func:`sasg_jax.top_k`.
   max_staleness: an upload is forced when the last one is this many rounds back.
   history: D, how many past steps the threshold sums over.
   alpha: the α_d of the upload rule (6): a number, D numbers, or a function of the learning rate.
@@ -63,13 +64,14 @@ def sparse_sgd(
     *,
     num_workers: int,
     density: float = 0.01,
+    selection: str = "auto",
     downlink: Compressor | None = None,
     exchange: str = "gather",
     axis_name: str = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     """Sparsified SGD with memory: everybody sends the top k in every round."""
     return make_transform(
-        top_k(density),
+        top_k(density, selection=selection),
         always(),
         learning_rate=check_learning_rate(learning_rate),
         num_workers=num_workers,
@@ -114,6 +116,7 @@ def sasg(
     *,
     num_workers: int,
     density: float = 0.01,
+    selection: str = "auto",
     max_staleness: int = 10,
     history: int = 10,
     alpha: Alpha | AlphaFn | None = None,
@@ -135,7 +138,7 @@ def sasg(
     """
     alpha = released_alpha(0.5, num_workers) if alpha is None else alpha
     return make_transform(
-        top_k(density),
+        top_k(density, selection=selection),
         innovation(alpha, max_staleness=max_staleness, history=history),
         learning_rate=check_learning_rate(learning_rate),
         num_workers=num_workers,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sasg_jax.compressors import Compressor
+from sasg_jax.compressors import Compressor, compress_with_feedback
 from sasg_jax.recent_params import init_recent
 from sasg_jax.shards import one_shard
 from sasg_jax.upload_rules import UploadRule
@@ -22,9 +22,9 @@ PyTree = Any
 class ServerState(NamedTuple):
     """What the server carries from round to round.
 
-    The same on all workers. But ``messages`` and ``downlink_residual`` are where the exchange has
-    the server: with ``"sharded"`` each worker has those of its own shard, and with ``"server"``
-    only those of worker 0 are kept up.
+    The same on all workers. But ``messages``, ``downlink_residual`` and ``downlink_memory`` are
+    where the exchange has the server: with ``"sharded"`` each worker has those of its own shard,
+    and with ``"server"`` only those of worker 0 are kept up.
     """
 
     messages: PyTree  # last message of each worker, leading axis M; () if all upload always
@@ -32,6 +32,7 @@ class ServerState(NamedTuple):
     threshold: jax.Array  # of the last round. shape=(), dtype=jnp.float32
     round: jax.Array  # rounds made, t. shape=(), dtype=jnp.int32
     downlink_residual: PyTree  # r, like params; () for a dense way down
+    downlink_memory: PyTree  # of Compressor.init_memory, mostly without arrays
     previous_params: PyTree  # w_{t-1}, like params; () where the step is known as it is made
     recent_params: PyTree  # of sasg_jax.recent_params; () where each worker keeps its own
 
@@ -52,7 +53,7 @@ def init_server(
     With ``num_shards`` it is that of the server of one of the shards of ``params``.
     """
     served = params if num_shards == 1 else one_shard(params, num_shards)
-    message = jax.eval_shape(lambda tree: compressor.compress(tree)[0], served)
+    message = jax.eval_shape(lambda tree: compressor.compress(tree).message, served)
     return ServerState(
         messages=jax.tree.map(lambda s: jnp.zeros((num_workers, *s.shape), s.dtype), message)
         if rule.adaptive
@@ -63,6 +64,7 @@ def init_server(
         downlink_residual=()
         if downlink.lossless
         else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), served),
+        downlink_memory=downlink.init_memory(served),
         previous_params=jax.tree.map(jnp.copy, params) if keep_params else (),
         recent_params=init_recent(params, rule.max_staleness) if share_stale_params else (),
     )
@@ -88,40 +90,32 @@ def server_round(
     compressor: Compressor,
     downlink: Compressor,
     like: PyTree,
-    memory: tuple[PyTree, PyTree],
+    memory: tuple[PyTree, PyTree, PyTree],
     fresh: PyTree,
     uploaded: jax.Array | None,
-) -> tuple[tuple[PyTree, PyTree], PyTree]:
+) -> tuple[tuple[PyTree, PyTree, PyTree], PyTree]:
     """The server's half of a round, wherever the exchange runs it.
 
     Args:
       compressor: C, of the workers.
       downlink: C', of the way down.
       like: shapes and dtypes of what the messages decode to.
-      memory: the last messages, leading axis M, or () where all upload always; and the residual of
-        the way down.
+      memory: the last messages, leading axis M, or () where all upload always; and the residual
+        and the compressor's memory of the way down.
       fresh: this round's messages, leading axis M.
       uploaded: which of them count; None for all. ``# shape=(M,), dtype=bool``
 
     Returns:
       The new memory, and the message that every worker decodes to the step.
+
+    Guarantees:
+      - Conservation: decoded message + new residual = step + old residual, bit for bit.
     """
-    messages, residual = memory
+    messages, residual, down_memory = memory
     if uploaded is not None:
         fresh = messages = replace_messages(messages, fresh, uploaded)
     num_workers = jax.tree.leaves(fresh)[0].shape[0]
     total = compressor.decompress_sum(fresh, like)
     step = jax.tree.map(lambda x: x / num_workers, total)
-    down, residual = compress_step(downlink, step, residual)
-    return (messages, residual), down
-
-
-def compress_step(downlink: Compressor, step: PyTree, residual: PyTree) -> tuple[PyTree, PyTree]:
-    """The message of the way down, and the server's new residual.
-
-    Guarantees:
-      - Conservation: decoded message + new residual = step + old residual, bit for bit.
-    """
-    if downlink.lossless:
-        return downlink.compress(step)[0], residual
-    return downlink.compress(jax.tree.map(jnp.add, step, residual))
+    down, residual, down_memory = compress_with_feedback(downlink, step, residual, down_memory)
+    return (messages, residual, down_memory), down

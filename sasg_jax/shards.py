@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.compressors import Compressor, MessageSize
+from sasg_jax.compressors import Compressed, Compressor, MessageSize
 
 PyTree = Any
 
@@ -45,9 +45,16 @@ def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
     largest entries (at least one), also where another shard has larger ones.
     """
 
-    def compress(tree):
-        message, remainder = lax.map(compressor.compress, cut(tree, num_shards))
-        return message, join(remainder, tree)
+    def init_memory(tree):
+        one = compressor.init_memory(one_shard(tree, num_shards))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_shards, *x.shape)), one)
+
+    def compress(tree, memory=None):
+        memory = init_memory(tree) if memory is None else memory
+        message, remainder, memory = lax.map(
+            lambda shard: compressor.compress(*shard), (cut(tree, num_shards), memory)
+        )
+        return Compressed(message, join(remainder, tree), memory)
 
     def decompress_sum(messages, like):
         shard = one_shard(like, num_shards)
@@ -58,4 +65,4 @@ def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
         one = compressor.message_size(one_shard(tree, num_shards))
         return MessageSize(num_shards * one.bytes, num_shards * one.paper_bits)
 
-    return Compressor(compress, decompress_sum, message_size, compressor.lossless)
+    return Compressor(init_memory, compress, decompress_sum, message_size, compressor.lossless)

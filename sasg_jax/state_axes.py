@@ -103,6 +103,7 @@ def _mark_shards(server: ServerState) -> PyTree:
     return _fill(server, False)._replace(
         messages=_fill(server.messages, True),
         downlink_residual=_fill(server.downlink_residual, True),
+        downlink_memory=_fill(server.downlink_memory, True),
     )
 
 

@@ -27,7 +27,7 @@ from sasg_jax._checks import (
     check_params,
     expected,
 )
-from sasg_jax.compressors import Compressor, identity, top_k
+from sasg_jax.compressors import Compressor, compress_with_feedback, identity, top_k
 from sasg_jax.recent_params import read_recent, write_recent
 from sasg_jax.server import ServerState
 from sasg_jax.shards import one_shard, per_shard
@@ -206,7 +206,7 @@ def make_transform(
         check_params(params)
         up_size, down_size = up_link.message_size(params), down_link.message_size(params)
         return AggregateState(
-            worker=init_worker(compressor, rule, params, keep_params=keep_params),
+            worker=init_worker(up_link, rule, params, keep_params=keep_params),
             server=server_lib.init_server(
                 compressor,
                 rule,
@@ -289,15 +289,15 @@ def make_transform(
             nothing = jax.tree.map(jnp.zeros_like, params)
             return nothing, AggregateState(worker, server, state.wire, Posted(message))
 
-        memory = server.messages, server.downlink_residual
+        memory = server.messages, server.downlink_residual, server.downlink_memory
         like = jax.eval_shape(lambda: params) if num_shards == 1 else one_shard(params, num_shards)
         serve = functools.partial(server_lib.server_round, compressor, down, like)
         if exchange == "psum":
             is_summed = isinstance(half, ServerHalf)
             total = half.rows if is_summed else exchange_lib.psum(message, axis_name)
             step = jax.tree.map(lambda x: x / num_workers, total)
-            sent, residual = server_lib.compress_step(down, step, server.downlink_residual)
-            memory = (), residual
+            sent, *kept = compress_with_feedback(down, step, *memory[1:])
+            memory = (), *kept
         elif isinstance(half, ServerHalf):
             memory, sent = serve(memory, half.rows, half.uploaded)
         else:
@@ -320,6 +320,7 @@ def make_transform(
             threshold=threshold,
             round=jnp.asarray(optax.safe_increment(server.round)),
             downlink_residual=memory[1],
+            downlink_memory=memory[2],
             previous_params=params if rule.adaptive and not complete else (),
             recent_params=write_recent(server.recent_params, params, server.round),
         )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.compressors import Compressor
+from sasg_jax.compressors import Compressor, compress_with_feedback
 from sasg_jax.control_flow import for_all, update_if
 from sasg_jax.upload_rules import UploadRule, must_upload
 
@@ -25,6 +25,7 @@ class WorkerState(NamedTuple):
     """What one worker carries from round to round. Differs between workers."""
 
     residual: PyTree  # like params, or () for a lossless compressor
+    compressor_memory: PyTree  # of Compressor.init_memory, mostly without arrays
     stale_params: PyTree  # like params; () when all always upload, or the server keeps them
     staleness: jax.Array  # rounds since the last upload, τ = t - s. shape=(), dtype=jnp.int32
     uploaded: jax.Array  # in the last round. shape=(), dtype=jnp.bool_
@@ -41,6 +42,7 @@ def init_worker(
     """
     return WorkerState(
         residual=() if compressor.lossless else jax.tree.map(jnp.zeros_like, params),
+        compressor_memory=compressor.init_memory(params),
         stale_params=jax.tree.map(jnp.copy, params) if keep_params else (),
         staleness=jnp.asarray(rule.max_staleness, jnp.int32),
         uploaded=jnp.asarray(False),
@@ -107,19 +109,18 @@ def worker_round(
         uploaded = finite
 
     def upload(carried, grads, params, learning_rate):
-        residual, _ = carried
+        residual, memory, _ = carried
         scaled = jax.tree.map(lambda g: _scale(learning_rate, g), grads)
-        if compressor.lossless:
-            message, _ = compressor.compress(scaled)
-        else:
-            message, residual = compressor.compress(jax.tree.map(jnp.add, scaled, residual))
-        return (residual, params if keep_params else ()), message
+        message, residual, memory = compress_with_feedback(compressor, scaled, residual, memory)
+        return (residual, memory, params if keep_params else ()), message
 
-    (residual, stale_params), message = update_if(
-        uploaded, upload, (state.residual, state.stale_params), grads, params, learning_rate
+    carried = state.residual, state.compressor_memory, state.stale_params
+    (residual, memory, stale_params), message = update_if(
+        uploaded, upload, carried, grads, params, learning_rate
     )
     new_state = WorkerState(
         residual=residual,
+        compressor_memory=memory,
         stale_params=stale_params,
         staleness=jnp.where(uploaded, 1, state.staleness + 1).astype(jnp.int32),
         uploaded=uploaded,

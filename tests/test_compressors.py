@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sasg_jax
+from sasg_jax.compressors import compress_with_feedback
 
 
 def _tree(dtype=jnp.float32, seed=0):
@@ -27,6 +28,7 @@ COMPRESSORS = {
     "tensor": sasg_jax.top_k(0.1),
     "tree": sasg_jax.top_k(0.1, scope="tree"),
     "everything": sasg_jax.top_k(1),
+    "approximate": sasg_jax.top_k(0.1, selection="approximate"),
 }
 
 
@@ -35,12 +37,53 @@ COMPRESSORS = {
 def test_conservation_bit_for_bit(name, dtype):
     """decompress(message) + remainder == tree; no entry is in both."""
     compressor, tree = COMPRESSORS[name], _tree(dtype)
-    message, remainder = jax.jit(compressor.compress)(tree)
+    message, remainder, _ = jax.jit(compressor.compress)(tree)
     decoded = jax.jit(compressor.decompress)(message, tree)
     chex.assert_trees_all_equal_shapes_and_dtypes(decoded, remainder, tree)
     chex.assert_trees_all_equal(jax.tree.map(jnp.add, decoded, remainder), tree)
     for x, y in zip(jax.tree.leaves(decoded), jax.tree.leaves(remainder), strict=True):
         assert not bool(jnp.any((x != 0) & (y != 0)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_feedback_conserves_bit_for_bit(name, dtype):
+    """decoded message + new residual == tree + old residual, and nothing is kept twice."""
+    compressor, tree = COMPRESSORS[name], _tree(dtype)
+    residual = () if compressor.lossless else _tree(dtype, seed=1)
+    made = jax.jit(lambda *args: compress_with_feedback(compressor, *args))(
+        tree, residual, compressor.init_memory(tree)
+    )
+    sent = compressor.decompress(made.message, tree)
+    if compressor.lossless:
+        assert made.remainder == ()
+        chex.assert_trees_all_equal(sent, tree)
+        return
+    chex.assert_trees_all_equal_shapes_and_dtypes(sent, made.remainder, tree)
+    chex.assert_trees_all_equal(
+        jax.tree.map(jnp.add, sent, made.remainder), jax.tree.map(jnp.add, tree, residual)
+    )
+    assert not any(
+        np.any((x != 0) & (y != 0))
+        for x, y in zip(jax.tree.leaves(sent), jax.tree.leaves(made.remainder), strict=True)
+    )
+
+
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+def test_memory_is_carried_for_every_vector(scope, monkeypatch):
+    """One threshold for each vector, set by the first message; exact selections keep nothing."""
+    monkeypatch.setattr("sasg_jax.selection._MIN_PRUNED_SIZE", 20)
+    tree = {"long": 10 * _tree()["matrix"], "also": _tree()["vector"]}
+    exact = sasg_jax.top_k(0.1, scope=scope)
+    assert not jax.tree.leaves(jax.eval_shape(exact.compress, tree).memory)
+    compressor = sasg_jax.top_k(0.1, scope=scope, selection="approximate")
+    assert compressor.init_memory(tree) == ((0, 0) if scope == "tensor" else (0,))
+    compress = jax.jit(compressor.compress)
+    first = compress(tree, compressor.init_memory(tree))
+    assert len(set(map(float, first.memory))) == len(first.memory)
+    assert all(threshold > 0 for threshold in first.memory)
+    again = compress(tree, first.memory)
+    assert any(map(np.not_equal, again.memory, first.memory))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +102,7 @@ def test_conservation_bit_for_bit(name, dtype):
 def test_exactly_k_entries(size, density, k):
     x = jnp.asarray(np.random.default_rng(size).permutation(size) + 1.0, jnp.float32)
     compressor = sasg_jax.top_k(density)
-    message, remainder = jax.jit(compressor.compress)(x)
+    message, remainder, _ = jax.jit(compressor.compress)(x)
     chex.assert_shape(jax.tree.leaves(message), (k,))
     kept = np.asarray(jax.jit(compressor.decompress)(message, x))
     # The largest k of 1..size, at their places.
@@ -78,9 +121,9 @@ def test_k_of_the_papers_model():
 
 def test_ties_and_signs():
     x = jnp.array([1.0, -2.0, 2.0, -2.0, 0.0, 2.0])
-    (message,), _ = sasg_jax.top_k(0.5).compress(x)
+    (message,), _, _ = sasg_jax.top_k(0.5).compress(x)
     assert sorted(message.indices.tolist()) == [1, 2, 3]
-    (zeros,), _ = sasg_jax.top_k(0.5).compress(jnp.zeros(6))
+    (zeros,), _, _ = sasg_jax.top_k(0.5).compress(jnp.zeros(6))
     assert sorted(zeros.indices.tolist()) == [0, 1, 2]
     np.testing.assert_array_equal(zeros.values, np.zeros(3))
 
@@ -88,11 +131,11 @@ def test_ties_and_signs():
 def test_scopes_differ_as_they_should():
     """One scope keeps something of every tensor, the other only the largest of all."""
     tree = {"large": jnp.array([5.0, 4.0, 3.0, 2.0]), "small": jnp.array([0.1, 0.2, 0.3, 0.4])}
-    _, remainder = sasg_jax.top_k(0.5).compress(tree)
+    _, remainder, _ = sasg_jax.top_k(0.5).compress(tree)
     chex.assert_trees_all_equal(
         remainder, {"large": jnp.array([0.0, 0, 3, 2]), "small": jnp.array([0.1, 0.2, 0, 0])}
     )
-    _, remainder = sasg_jax.top_k(0.5, scope="tree").compress(tree)
+    _, remainder, _ = sasg_jax.top_k(0.5, scope="tree").compress(tree)
     chex.assert_trees_all_equal(remainder, {"large": jnp.zeros(4), "small": tree["small"]})
 
 
@@ -106,7 +149,7 @@ def test_lemma_1(distribution, density):
         "constant": np.full(size, -2.0),
         "heavy": np.random.default_rng(2).standard_cauchy(size=size),
     }[distribution].astype(np.float32)
-    _, remainder = sasg_jax.top_k(density).compress(jnp.asarray(x))
+    _, remainder, _ = sasg_jax.top_k(density).compress(jnp.asarray(x))
     left_out = np.sum(np.square(np.asarray(remainder, np.float64)))
     bound = (1 - max(1, math.floor(density * size)) / size) * np.sum(np.square(x, dtype=np.float64))
     assert left_out <= bound * (1 + 1e-12)
@@ -118,7 +161,7 @@ def test_lemma_1(distribution, density):
 def test_density_one_is_the_identity(scope):
     tree = _tree()
     compressor = sasg_jax.top_k(1, scope=scope)
-    message, remainder = jax.jit(compressor.compress)(tree)
+    message, remainder, _ = jax.jit(compressor.compress)(tree)
     chex.assert_trees_all_equal(jax.jit(compressor.decompress)(message, tree), tree)
     chex.assert_trees_all_equal(remainder, jax.tree.map(jnp.zeros_like, tree))
 
@@ -126,8 +169,8 @@ def test_density_one_is_the_identity(scope):
 @pytest.mark.parametrize("selection", ["auto", "lax", "pruned"])
 def test_selection_does_not_change_the_message(selection):
     tree = _tree(seed=3)
-    _, want = jax.jit(sasg_jax.top_k(0.05, selection="lax").compress)(tree)
-    _, got = jax.jit(sasg_jax.top_k(0.05, selection=selection).compress)(tree)
+    want = jax.jit(sasg_jax.top_k(0.05, selection="lax").compress)(tree).remainder
+    got = jax.jit(sasg_jax.top_k(0.05, selection=selection).compress)(tree).remainder
     chex.assert_trees_all_equal(got, want)
 
 
@@ -139,7 +182,7 @@ def test_sum_of_messages_goes_in_order_bit_for_bit(name):
     compressor = COMPRESSORS[name]
     trees = [_tree(seed=seed) for seed in range(5)]
     compress, decompress = jax.jit(compressor.compress), jax.jit(compressor.decompress)
-    messages = [compress(tree)[0] for tree in trees]
+    messages = [compress(tree).message for tree in trees]
     decoded = [decompress(message, trees[0]) for message in messages]
     total = decoded[0]
     for tree in decoded[1:]:
@@ -164,7 +207,7 @@ def test_half_precision_is_summed_in_float32(name):
 def test_mixed_dtypes():
     tree = {"half": jnp.ones(4, jnp.bfloat16) * 3, "single": jnp.full(4, 1 / 3, jnp.float32)}
     for compressor in COMPRESSORS.values():
-        message, remainder = jax.jit(compressor.compress)(tree)
+        message, remainder, _ = jax.jit(compressor.compress)(tree)
         decoded = jax.jit(compressor.decompress)(message, tree)
         chex.assert_trees_all_equal_shapes_and_dtypes(decoded, remainder, tree)
         chex.assert_trees_all_equal(jax.tree.map(jnp.add, decoded, remainder), tree)
@@ -177,7 +220,7 @@ def test_mixed_dtypes():
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_message_size_is_what_the_arrays_hold(name, dtype):
     compressor, tree = COMPRESSORS[name], _tree(dtype)
-    message, _ = jax.eval_shape(compressor.compress, tree)
+    message = jax.eval_shape(compressor.compress, tree).message
     assert compressor.message_size(tree).bytes == sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(message)
     )
@@ -188,6 +231,7 @@ def test_message_size_is_what_the_arrays_hold(name, dtype):
 def test_paper_bits_count_values_only():
     tree = _tree()
     values = {"identity": 233, "everything": 233, "tensor": 20 + 1 + 1 + 3, "tree": 23}
+    values["approximate"] = values["tensor"]
     for name, compressor in COMPRESSORS.items():
         assert compressor.message_size(tree).paper_bits == 32 * values[name]
     # Of half-precision values too: that is the convention.
@@ -207,14 +251,14 @@ def test_index_type_fits_the_tensor(size, dtype):
     """The last entry of the largest tensor of each index type comes back to its place."""
     x = jnp.zeros(size).at[-1].set(-7.0)
     compressor = sasg_jax.top_k(1e-6, selection="lax")
-    message, _ = jax.jit(compressor.compress)(x)
+    message = jax.jit(compressor.compress)(x).message
     chex.assert_type(message[0].indices, dtype)
     assert compressor.message_size(x).bytes == 4 + jnp.dtype(dtype).itemsize
     np.testing.assert_array_equal(jax.jit(compressor.decompress)(message, x), x)
 
 
 def test_only_identity_is_lossless():
-    assert [c.lossless for c in COMPRESSORS.values()] == [True, False, False, False]
+    assert [c.lossless for c in COMPRESSORS.values()] == [True, False, False, False, False]
 
 
 # Bad arguments ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every selection method finds the entries that lax.top_k finds, whatever the vector."""
 
 import functools
+import math
 
 import chex
 import hypothesis
@@ -142,6 +143,115 @@ def test_equal_magnitudes_go_by_index(method):
     x = np.tile([1.0, -1.0], 300).astype(np.float32)
     indices = jax.jit(lambda x: selection.magnitude_top_k(x, 7, method=method))(x)
     np.testing.assert_array_equal(np.sort(indices), np.arange(7))
+
+
+# A threshold that serves again -------------------------------------------------------------------
+
+
+@pytest.fixture
+def prunes_short_vectors(monkeypatch):
+    monkeypatch.setattr(selection, "_MIN_PRUNED_SIZE", 20)
+
+
+@functools.cache
+def _compiled_approximate(k):
+    return jax.jit(lambda x, threshold: selection.approximate_top_k(x, k, threshold))
+
+
+def _approximate(x, k, threshold):
+    indices, new = _compiled_approximate(k)(x, jnp.float32(threshold))
+    chex.assert_shape(indices, (k,))
+    chex.assert_type([indices, new], [jnp.int32, jnp.float32])
+    return np.asarray(indices), float(new)
+
+
+def _left(x, indices):
+    """What part of the sum of squares is not chosen."""
+    squares = np.square(np.asarray(x, np.float64))
+    total = squares.sum()
+    return 0.0 if total == 0 else 1 - squares[indices].sum() / total
+
+
+@pytest.mark.usefixtures("prunes_short_vectors")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", [kind for kind in _vectors(1, 1) if kind != "infinite"])
+@pytest.mark.parametrize(("size", "k"), [(100, 1), (200, 4), (1000, 10), (5000, 500)])
+def test_approximate_keeps_lemma_1_whatever_the_threshold(size, k, kind, dtype):
+    """Also where it is far too small or too large, and every index is chosen once."""
+    x = jnp.asarray(_vectors(size, k)[kind], dtype)
+    ordered = np.sort(np.abs(np.asarray(x, np.float32)))[::-1]
+    ranks = (0, k // 2, math.ceil(0.8 * k) - 1, k - 1, k, 2 * k, size - 1)
+    for threshold in (0.0, *ordered[list(ranks)], 2 * ordered[0]):
+        indices, _ = _approximate(x, k, threshold)
+        assert len(set(indices.tolist())) == k
+        assert 0 <= indices.min() <= indices.max() < size
+        assert _left(x, indices) <= 1 - 0.8 * k / size + 1e-6
+
+
+@pytest.mark.usefixtures("prunes_short_vectors")
+@pytest.mark.parametrize(
+    ("large", "is_reused"), [(0, False), (7, False), (8, True), (9, True), (10, True), (11, False)]
+)
+def test_threshold_is_reused_for_eight_to_ten_tenths_of_k(large, is_reused):
+    """All that reach it are chosen then; otherwise it is the k-th largest. Both are corrected."""
+    k, threshold = 10, 100.0
+    x = np.random.default_rng(0).permutation(np.arange(1.0, 201.0)).astype(np.float32) / 4
+    x[np.argsort(-x)[:large]] += threshold
+    order = np.argsort(-x)
+    assert (x >= threshold).sum() == large
+    indices, new = _approximate(jnp.asarray(x), k, threshold)
+    if is_reused:
+        assert set(order[:large]) <= set(indices.tolist())
+        assert new == pytest.approx(threshold * (large / (0.9 * k)) ** 0.25)
+    else:
+        assert set(indices.tolist()) == set(order[:k].tolist())
+        assert new == pytest.approx(x[order[k - 1]] * (1 / 0.9) ** 0.25)
+
+
+@pytest.mark.usefixtures("prunes_short_vectors")
+def test_approximate_with_error_feedback():
+    """Over rounds the threshold follows: it is seldom found anew, and little is lost by it."""
+    size, k, rounds, settled = 40_000, 2_000, 60, 20
+    step = jax.jit(lambda x, threshold: selection.approximate_top_k(x, k, threshold))
+    rng = np.random.default_rng(0)
+    scales = rng.lognormal(sigma=1.0, size=size)
+    residual, threshold = np.zeros(size, np.float32), jnp.float32(0)
+    left, least, renewed = [], [], []
+    for _ in range(rounds):
+        x = (residual + scales * rng.normal(size=size)).astype(np.float32)
+        renewed.append(not 0.8 * k <= (np.abs(x) >= threshold).sum() <= k)
+        indices, threshold = step(x, threshold)
+        left.append(_left(x, indices))
+        least.append(_left(x, np.argsort(-np.abs(x))[:k]))
+        residual = x.copy()
+        residual[indices] = 0
+    assert renewed[0]
+    assert np.mean(renewed[settled:]) < 0.1
+    np.testing.assert_array_less(np.array(least) - 1e-6, left)
+    kept, most = 1 - np.mean(left), 1 - np.mean(least)
+    assert kept > 0.9 * most
+
+
+@pytest.mark.usefixtures("prunes_short_vectors")
+def test_approximate_never_chooses_nan_where_there_are_numbers():
+    x = np.random.default_rng(0).normal(size=500).astype(np.float32)
+    threshold = np.sort(np.abs(x))[-9]
+    x[np.argsort(np.abs(x))[:485]] = np.nan
+    indices, _ = _approximate(jnp.asarray(x), 10, threshold)
+    assert not np.isnan(x[indices]).any()
+
+
+def test_vmap_takes_one_vector_after_another(monkeypatch):
+    """A cond under vmap would run the reference for every vector beside what is faster."""
+    monkeypatch.setattr(selection, "_MIN_PRUNED_SIZE", 20)
+    rows = jnp.ones((3, 200))
+    for fn in (
+        lambda x: selection.pruned_top_k(x, 2),
+        lambda x: selection.approximate_top_k(x, 2, jnp.float32(0))[0],
+    ):
+        text = str(jax.make_jaxpr(jax.vmap(fn))(rows))
+        assert "cond[" in text
+        assert "f32[3,200] = abs" not in text
 
 
 def test_unknown_method():

@@ -15,6 +15,13 @@ from sasg_jax._checks import STATIC_ARGUMENTS
 
 PARAMS = problems.quadratic_params()
 MASK = {"b": False, "w": True}
+APPROXIMATE = sasg_jax.top_k(DENSITY, selection="approximate")
+
+
+@pytest.fixture(autouse=True)
+def _thresholds_of_short_vectors(monkeypatch):
+    """So that an approximate selection has a threshold to carry."""
+    monkeypatch.setattr("sasg_jax.selection._MIN_PRUNED_SIZE", 1)
 
 
 def _sasg(learning_rate=LEARNING_RATE, **kwargs):
@@ -44,10 +51,18 @@ WRAPPED = {
     "multi_steps_adaptive": optax.MultiSteps(_sasg(), 2),
     "server": _sasg(exchange="server"),
     "sharded": _sasg(exchange="sharded", downlink=sasg_jax.top_k(DENSITY)),
+    "approximate": optax.chain(
+        sasg_jax.aggregate(APPROXIMATE, num_workers=M, downlink=APPROXIMATE, exchange="server"),
+        optax.sgd(LEARNING_RATE),
+    ),
+    "sharded_approximate": optax.chain(
+        sasg_jax.aggregate(APPROXIMATE, num_workers=M, downlink=APPROXIMATE, exchange="sharded"),
+        optax.sgd(LEARNING_RATE),
+    ),
     "sharded_in_a_chain": optax.chain(optax.clip(1.0), _sasg(exchange="sharded")),
 }
 SHARDED = [name for name in WRAPPED if "sharded" in name]
-OF_A_SHARD = (".server.messages", ".server.downlink_residual")
+OF_A_SHARD = (".server.messages", ".server.downlink_residual", ".server.downlink_memory")
 
 
 # Marks --------------------------------------------------------------------------------------------
@@ -151,6 +166,11 @@ def test_wrapper_runs_alike_under_both_maps(name):
     chex.assert_trees_all_close(runs["vmap"], jax.device_get(runs["shard_map"]), atol=1e-5)
     assert problems.same_on_all_devices(runs["shard_map"].params)
     assert any(np.any(x) for x in jax.tree.leaves(runs["vmap"].params))
+    if "approximate" in name:
+        ours = runs["vmap"].opt_state[0]
+        memories = jax.tree.leaves((ours.worker.compressor_memory, ours.server.downlink_memory))
+        assert len(memories) == 4
+        assert all(np.any(x) for x in memories)
 
 
 @pytest.mark.parametrize("name", WRAPPED)

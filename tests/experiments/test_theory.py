@@ -10,6 +10,7 @@ import pytest
 
 import sasg_jax
 from experiments import theory
+from sasg_jax.compressors import Compressed
 
 PROBLEMS = {"ridge": theory.ridge_regression, "logistic": theory.logistic_regression}
 NAMES = {name: make().name for name, make in PROBLEMS.items()}
@@ -281,11 +282,12 @@ def names_and_problems(checks):
 def test_without_error_feedback(monkeypatch):
     top_k = sasg_jax.top_k
 
-    def forgetful(density):
-        compressor = top_k(density)
+    def forgetful(density, **kwargs):
+        compressor = top_k(density, **kwargs)
 
-        def compress(tree):
-            return compressor.compress(tree)[0], jax.tree.map(jnp.zeros_like, tree)
+        def compress(tree, memory):
+            made = compressor.compress(tree, memory)
+            return made._replace(remainder=jax.tree.map(jnp.zeros_like, tree))
 
         return compressor._replace(compress=compress)
 
@@ -315,16 +317,16 @@ def test_wrong_batch_in_the_stale_gradient():
 def test_first_entries_instead_of_the_largest(monkeypatch):
     top_k = sasg_jax.top_k
 
-    def first_k(density):
-        def compress(x):
-            message, _ = top_k(density).compress(x)
+    def first_k(density, **kwargs):
+        def compress(x, memory=None):
+            message, _, memory = top_k(density, **kwargs).compress(x, memory)
             indices = jnp.arange(message[0].indices.size)
             first = message[0]._replace(
                 values=x[indices], indices=indices.astype(message[0].indices.dtype)
             )
-            return (first,), x.at[indices].set(0)
+            return Compressed((first,), x.at[indices].set(0), memory)
 
-        return top_k(density)._replace(compress=compress)
+        return top_k(density, **kwargs)._replace(compress=compress)
 
     monkeypatch.setattr("sasg_jax.algorithms.top_k", first_k)
     broken = broken_checks()
