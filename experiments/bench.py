@@ -40,8 +40,9 @@ SIZES = (401_408, 2_359_296, 11_173_962)
 BATCH = 4
 """Vectors in one selection under ``vmap`` or ``scan``."""
 
-FEEDBACK_ROUNDS = 100
-"""Rounds of error feedback over which the approximate selection is judged."""
+FEEDBACK_ROUNDS = 200
+"""Rounds of error feedback; the approximate selection is judged by the second half of them. In the
+first, at 1 % density, the residual still grows and the threshold with it."""
 
 DENSITY = 0.01
 WORKERS = (100, 1000)
@@ -96,7 +97,8 @@ def work(command: Bench, arguments: Sequence[str]) -> None:
     for part in command.parts:
         with console.status(f"measuring: {part}"):
             rows += _PARTS[part](command.repeats)
-    console.print(table(rows))
+    for part in dict.fromkeys(row.part for row in rows):
+        console.print(table(part, [row for row in rows if row.part == part]))
     write_json(
         command.out / "bench.json",
         {**session(arguments), "rows": [{**dataclasses.asdict(r), "ratio": r.ratio} for r in rows]},
@@ -106,19 +108,15 @@ def work(command: Bench, arguments: Sequence[str]) -> None:
     console.print(f"Results: {command.out / 'bench.json'}\nFigure:  {figure}", soft_wrap=True)
 
 
-def table(rows: Sequence[Row]) -> rich.table.Table:
-    """For a terminal."""
-    shown = rich.table.Table(
-        title="Medians, the range, and how far above the floor",
-        box=rich.box.SIMPLE_HEAD,
-        padding=0,
-    )
-    for heading in ("", "Case", "Median", "Range", "× floor", ""):
-        is_text = heading in ("", "Case")
-        shown.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+def table(part: str, rows: Sequence[Row]) -> rich.table.Table:
+    """The rows of one part, for a terminal: medians, the range, and how far above the floor."""
+    shown = rich.table.Table(title=part, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    shown.add_column("Case", no_wrap=True)
+    for heading in ("Median", "Range", "× floor"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("")
     for row in rows:
         shown.add_row(
-            row.part,
             row.case,
             _milliseconds(row.seconds),
             f"{_milliseconds(row.low)} – {_milliseconds(row.high)}",
@@ -196,7 +194,8 @@ def _measure_selection(repeats: int) -> list[Row]:
         for name in ("vmap", "scan"):
             notes |= _times_as_long(seconds, f"ours, {name}", only=[f"lax.top_k, {name}"])
             del notes[f"ours, {name}"]
-        notes["approximate"] = _judge_approximate(size, k)
+        if size == SIZES[0]:  # it does not depend on the size
+            notes["approximate"] = _judge_approximate(size, k)
         rows += _rows(f"top 1 % of {size:,}", seconds, "one pass", notes=notes)
     return rows
 
@@ -258,7 +257,8 @@ def _judge_approximate(size: int, k: int) -> str:
     scales = jnp.exp(jax.random.normal(jax.random.key(0), (size,)))
     start = jnp.zeros(size), jnp.float32(0), scales
     keys = jax.random.split(jax.random.key(1), FEEDBACK_ROUNDS)
-    left, best, renewed = map(np.asarray, jax.lax.scan(one_round, start, keys)[1])
+    rounds = jax.lax.scan(one_round, start, keys)[1]
+    left, best, renewed = (np.asarray(x)[FEEDBACK_ROUNDS // 2 :] for x in rounds)
     return (
         f"contraction {left.mean():.3f} (exact {best.mean():.3f}), "
         f"{renewed.mean():.0%} of thresholds found anew"
