@@ -28,8 +28,10 @@ from sasg_jax._checks import check_choice
 # Below this size lax.top_k is as fast, and above this density the bound prunes too little.
 _MIN_PRUNED_SIZE = 1 << 15
 _MAX_PRUNED_DENSITY = 1 / 4
-# Prime, so that the sample falls on every column of a matrix: rows and columns differ in scale.
-_SAMPLE_STRIDE = 17
+# Primes, so that the sample falls on every column of a matrix: rows and columns differ in scale.
+# The longer stride where that many of the k largest are sampled all the same.
+_SAMPLE_STRIDES = (67, 17)
+_ENOUGH_SAMPLED = 500
 _WORD = 32  # bits in one word of a mask
 
 MIN_FILL = 0.8
@@ -73,11 +75,13 @@ def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
 
 def _pruned(x: jax.Array, k: int) -> jax.Array:
     x = x.astype(jnp.float32)
-    sample = x[: x.size // _SAMPLE_STRIDE * _SAMPLE_STRIDE]
-    sample = _magnitudes(sample.reshape(-1, _SAMPLE_STRIDE)[:, 0])
+    long, short = _SAMPLE_STRIDES
+    stride = long if k // long >= _ENOUGH_SAMPLED else short
+    sample = x[: x.size // stride * stride]
+    sample = _magnitudes(sample.reshape(-1, stride)[:, 0])
     # A quarter more than the expected rank, and some entries for small k, so that the bound rarely
     # lies above the k-th largest. `min`, not `[-1]`: XLA's fast top-k is lost behind a slice.
-    rank = int(1.25 * k / _SAMPLE_STRIDE) + 8
+    rank = int(1.25 * k / stride) + 8
     if rank > sample.size:
         return lax_top_k(x, k)
     bound = lax.top_k(sample, rank)[0].min()

@@ -49,15 +49,31 @@ def test_results_name_no_path_of_a_machine(results):
             assert not re.search(r"\s/", session["command"])
 
 
-@pytest.mark.parametrize("name", ["mnist_fc", "cifar10_narrow"])
-def test_readme_quotes_the_means(results, name):
-    """Every row of README's table of this experiment is made of the records."""
+def _readme_rows(name):
     section = README.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
-    rows = [
+    return [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in section.splitlines()
         if line.startswith("| ")
     ][1:]
+
+
+def test_readme_quotes_the_bench():
+    rows = json.loads((RESULTS / "bench" / "bench.json").read_text())["rows"]
+    quoted = _readme_rows("bench")
+    assert [[what, case, note] for what, case, _, _, note in quoted] == [
+        [row["part"], row["case"], row["note"]] for row in rows
+    ]
+    for (_, _, median, ratio, _), row in zip(quoted, rows, strict=True):
+        assert ratio == f"{row['seconds'] / row['floor']:.2f}"
+        number = float(median.removesuffix(" ms").replace(",", ""))
+        assert number == pytest.approx(1000 * row["seconds"], rel=6e-3)
+
+
+@pytest.mark.parametrize("name", ["mnist_fc", "cifar10_narrow"])
+def test_readme_quotes_the_means(results, name):
+    """Every row of README's table of this experiment is made of the records."""
+    rows = _readme_rows(name)
     groups = {LABELS[group.method]: group for group in results.standard_groups(name)}
     assert [row[0] for row in rows] == list(groups)
     assert groups.keys() >= {LABELS[method] for method in PAPER_METHODS}
