@@ -49,6 +49,7 @@ WORKERS = (100, 1000)
 PARAMETERS = 100_000_000
 _ROUNDS_PER_CALL = 20
 _WARM_UP_ROUNDS = 400
+_NOTE_WIDTH = 22  # of a terminal of 80 columns
 
 
 @dataclasses.dataclass
@@ -66,7 +67,7 @@ class Bench:
     """How many times each is timed, in turn with the others."""
 
     out: pathlib.Path = pathlib.Path("results/bench")
-    """A folder for bench.json and bench.png."""
+    """A folder for bench.png, and for a file in JSON for each part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,21 +97,27 @@ def work(command: Bench, arguments: Sequence[str]) -> None:
     rows: list[Row] = []
     for part in command.parts:
         with console.status(f"measuring: {part}"):
-            rows += _PARTS[part](command.repeats)
+            measured = _PARTS[part](command.repeats)
+        content = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in measured]
+        write_json(command.out / f"{part}.json", {**session(arguments), "rows": content})
+        rows += measured
     for part in dict.fromkeys(row.part for row in rows):
         console.print(table(part, [row for row in rows if row.part == part]))
-    write_json(
-        command.out / "bench.json",
-        {**session(arguments), "rows": [{**dataclasses.asdict(r), "ratio": r.ratio} for r in rows]},
-    )
     figure = command.out / "bench.png"
     plot_ratios([(f"{row.part}: {row.case}", row.ratio) for row in rows], figure)
-    console.print(f"Results: {command.out / 'bench.json'}\nFigure:  {figure}", soft_wrap=True)
+    console.print(f"Results: {command.out}\nFigure:  {figure}", soft_wrap=True)
 
 
 def table(part: str, rows: Sequence[Row]) -> rich.table.Table:
     """The rows of one part, for a terminal: medians, the range, and how far above the floor."""
-    shown = rich.table.Table(title=part, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    long = [f"{row.case}: {row.note}" for row in rows if len(row.note) > _NOTE_WIDTH]
+    shown = rich.table.Table(
+        title=part,
+        title_justify="left",
+        caption="\n".join(long),
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+    )
     shown.add_column("Case", no_wrap=True)
     for heading in ("Median", "Range", "× floor"):
         shown.add_column(heading, justify="right", no_wrap=True)
@@ -121,7 +128,7 @@ def table(part: str, rows: Sequence[Row]) -> rich.table.Table:
             _milliseconds(row.seconds),
             f"{_milliseconds(row.low)} – {_milliseconds(row.high)}",
             f"{row.ratio:.2f}",
-            row.note,
+            row.note if len(row.note) <= _NOTE_WIDTH else "below",
         )
     return shown
 
@@ -507,8 +514,8 @@ def _many_workers(count: int, repeats: int) -> tuple[list[float], int, int]:
 
 def _measure_parameters(repeats: int) -> list[Row]:
     """One worker's step with 100 M parameters: time, and memory in arrays of that size."""
-    seconds, peak, begun = _in_a_process(_many_parameters, PARAMETERS, max(3, repeats // 3))
-    floor = 4 * PARAMETERS
+    seconds, peak, needed = _in_a_process(_many_parameters, PARAMETERS, max(3, repeats // 3))
+    array = 4 * PARAMETERS
     case = f"{PARAMETERS:,} parameters"
     median = statistics.median(seconds)
     return [
@@ -519,7 +526,8 @@ def _measure_parameters(repeats: int) -> list[Row]:
             min(seconds),
             max(seconds),
             median,
-            f"peak memory {(peak - begun) / floor:.1f} arrays of that size, {peak / 2**30:.1f} GiB",
+            f"{needed / array:.1f} arrays of that size by the compiler's count; peak memory of the "
+            f"process {peak / 2**30:.1f} GiB",
         )
     ]
 
@@ -537,11 +545,11 @@ def _many_parameters(size: int, repeats: int) -> tuple[list[float], int, int]:
     def start():
         return {"w1": jnp.full(shape, 1e-3), "w2": jnp.full(shape[::-1], 1e-3)}
 
-    # What compiling takes is not the step's.
     examples = jax.ShapeDtypeStruct((1, 4, width), jnp.float32)
     step: Any = train_step.step
-    step.lower(jax.eval_shape(train_step.init, jax.eval_shape(start)), examples).compile()
-    begun = _peak_bytes()
+    shapes = jax.eval_shape(train_step.init, jax.eval_shape(start))
+    memory = step.lower(shapes, examples).compile().memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # outputs are donated inputs
     params = start()
     state = jax.block_until_ready(train_step.init(params))
     del params
@@ -551,7 +559,7 @@ def _many_parameters(size: int, repeats: int) -> tuple[list[float], int, int]:
         began = time.perf_counter()
         state, _ = jax.block_until_ready(train_step.step(state, batch))
         seconds.append(time.perf_counter() - began)
-    return seconds[1:], _peak_bytes(), begun
+    return seconds[1:], _peak_bytes(), needed
 
 
 def _peak_bytes() -> int:

@@ -31,7 +31,7 @@ def test_the_command_leaves_numbers_and_a_picture(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(bench, "SIZES", (2000,))
     out = tmp_path / "bench"
     cli.main(["bench", "--parts", "selection", "--repeats", "2", "--out", str(out)])
-    content = json.loads((out / "bench.json").read_text())
+    content = json.loads((out / "selection.json").read_text())
     rows = {row["case"]: row for row in content["rows"]}
     assert rows.keys() >= {"one pass", "ours", "lax.top_k"}
     for row in rows.values():
