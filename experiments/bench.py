@@ -8,6 +8,7 @@ libraries time one thing after the other. What needs memory is measured in proce
 
 import dataclasses
 import functools
+import json
 import multiprocessing
 import pathlib
 import resource
@@ -104,8 +105,16 @@ def work(command: Bench, arguments: Sequence[str]) -> None:
     for part in dict.fromkeys(row.part for row in rows):
         console.print(table(part, [row for row in rows if row.part == part]))
     figure = command.out / "bench.png"
-    plot_ratios([(f"{row.part}: {row.case}", row.ratio) for row in rows], figure)
+    plot_ratios(
+        [(f"{row['part']}: {row['case']}", row["ratio"]) for row in read(command.out)], figure
+    )
     console.print(f"Results: {command.out}\nFigure:  {figure}", soft_wrap=True)
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of all parts that were measured into a folder, now or before."""
+    files = [folder / f"{part}.json" for part in Bench.parts]
+    return [row for file in files if file.exists() for row in json.loads(file.read_text())["rows"]]
 
 
 def table(part: str, rows: Sequence[Row]) -> rich.table.Table:

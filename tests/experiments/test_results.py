@@ -7,8 +7,7 @@ import re
 
 import pytest
 
-from experiments import findings
-from experiments.bench import Bench
+from experiments import bench, findings
 from experiments.configs import CONFIGS, PAPER_METHODS
 from experiments.figures import LABELS
 from experiments.records import Store, at_target
@@ -60,11 +59,7 @@ def _readme_rows(name):
 
 
 def test_readme_quotes_the_bench():
-    rows = [
-        row
-        for part in Bench.parts
-        for row in json.loads((RESULTS / "bench" / f"{part}.json").read_text())["rows"]
-    ]
+    rows = bench.read(RESULTS / "bench")
     quoted = _readme_rows("bench")
     assert [[what, case, note] for what, case, _, _, note in quoted] == [
         [row["part"], row["case"], row["note"]] for row in rows
