@@ -168,9 +168,8 @@ def test_wrapper_runs_alike_under_both_maps(name):
     assert any(np.any(x) for x in jax.tree.leaves(runs["vmap"].params))
     if "approximate" in name:
         ours = runs["vmap"].opt_state[0]
-        memories = jax.tree.leaves((ours.worker.compressor_memory, ours.server.downlink_memory))
-        assert len(memories) == 4
-        assert all(np.any(x) for x in memories)
+        for memory in (ours.worker.compressor_memory, ours.server.downlink_memory):
+            assert any(np.any(x) for x in jax.tree.leaves(memory))
 
 
 @pytest.mark.parametrize("name", WRAPPED)
