@@ -285,7 +285,7 @@ def test_without_error_feedback(monkeypatch):
     def forgetful(density, **kwargs):
         compressor = top_k(density, **kwargs)
 
-        def compress(tree, memory):
+        def compress(tree, memory=None):
             made = compressor.compress(tree, memory)
             return made._replace(remainder=jax.tree.map(jnp.zeros_like, tree))
 
