@@ -29,7 +29,7 @@ def test_public_names_are_documented(name):
 
 
 RATE = [("learning_rate", inspect.Parameter.empty), ("num_workers", inspect.Parameter.empty)]
-DENSITY = [("density", 0.01)]
+DENSITY = [("density", 0.01), ("selection", "auto")]
 RULE = [("max_staleness", 10), ("history", 10), ("alpha", None)]
 SHARE = ("share_stale_params", False)
 SIGNATURES = {
