@@ -199,17 +199,15 @@ def _measure_selection(repeats: int) -> list[Row]:
         if torch:
             tensor = torch.from_numpy(x[0])
             cases["torch.topk"] = lambda tensor=tensor, k=k: torch.topk(tensor.abs(), k)
+        beside = {name: "ours" for name in cases if name not in ("one pass", "ours")}
+        batched = {}
         for name, over in (("vmap", jax.vmap), ("scan", _scanned)):
-            cases[f"ours, {name}"] = _compiled(over(ours), vectors)
-            cases[f"lax.top_k, {name}"] = _compiled(over(reference), vectors)
-        seconds = interleave(cases, repeats)
-        for name in cases:
-            if name.endswith(("vmap", "scan")):
-                seconds[name] = [total / BATCH for total in seconds[name]]
-        notes = _times_as_long(seconds, "ours")
-        for name in ("vmap", "scan"):
-            notes |= _times_as_long(seconds, f"ours, {name}", only=[f"lax.top_k, {name}"])
-            del notes[f"ours, {name}"]
+            batched[f"ours, {name}"] = _compiled(over(ours), vectors)
+            batched[f"lax.top_k, {name}"] = _compiled(over(reference), vectors)
+            beside[f"lax.top_k, {name}"] = f"ours, {name}"
+        seconds = interleave(cases | batched, repeats)
+        seconds |= {name: [total / BATCH for total in seconds[name]] for name in batched}
+        notes = {name: _times_as_long(seconds, name, other) for name, other in beside.items()}
         if size == SIZES[0]:  # it does not depend on the size
             notes["approximate"] = _judge_approximate(size, k)
         rows += _rows(f"top 1 % of {size:,}", seconds, "one pass", notes=notes)
@@ -238,16 +236,10 @@ def _scanned(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.
     return lambda rows: jax.lax.scan(lambda carried, x: (carried, fn(x)), None, rows)[1]
 
 
-def _times_as_long(
-    seconds: Mapping[str, Sequence[float]], ours: str, only: Sequence[str] | None = None
-) -> dict[str, str]:
-    """How many times as long as ours the others take, or those of them named."""
-    base = statistics.median(seconds[ours])
-    return {
-        name: f"{statistics.median(times) / base:.2g} × {ours}"
-        for name, times in seconds.items()
-        if name not in (ours, "one pass", "floor") and (only is None or name in only)
-    }
+def _times_as_long(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> str:
+    """How many times as long as another case one takes."""
+    ratio = statistics.median(seconds[name]) / statistics.median(seconds[other])
+    return f"{ratio:.2g} × {other}"
 
 
 def _judge_approximate(size: int, k: int) -> str:
@@ -304,7 +296,7 @@ def _measure_round(repeats: int) -> list[Row]:
     seconds = interleave(cases, repeats)
     notes = {name: f"{fraction():.0%} upload" for name, fraction in uploads.items()}
     if torch:
-        notes["SASG, PyTorch loop"] += f", {_times_as_long(seconds, 'SASG')['SASG, PyTorch loop']}"
+        notes["SASG, PyTorch loop"] += f", {_times_as_long(seconds, 'SASG, PyTorch loop', 'SASG')}"
     return _rows("round of MNIST-FC", seconds, "floor", per=_ROUNDS_PER_CALL, notes=notes)
 
 

@@ -135,17 +135,16 @@ def _approximate(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.Array,
     others, num_others = _first_set_bits(_pack(magnitudes[: 2 * k] < bound), k - min_count)
     fits = (count >= min_count) & (count <= k) & (num_others >= k - count)
 
-    def reuse(x):
-        del x
+    def reuse():
         slots = jnp.arange(k)
         fill = others[jnp.maximum(slots - count, 0)] if min_count < k else large
         return jnp.where(slots < count, large, fill), threshold, count
 
-    def renew(x):
+    def renew():
         indices = magnitude_top_k(x, k)
         return indices, jnp.abs(x[indices]).min().astype(jnp.float32), jnp.int32(k)
 
-    indices, threshold, count = lax.cond(fits, reuse, renew, x)
+    indices, threshold, count = lax.cond(fits, reuse, renew)
     correction = (count.astype(jnp.float32) / (_AIMED_FILL * k)) ** _CORRECTION
     return indices, threshold * correction
 
