@@ -1,5 +1,6 @@
 """Control flow over workers that ``vmap`` and XLA would make slow."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,24 +68,32 @@ def update_if(
             def read(rows, is_batched=True):
                 return lax.dynamic_index_in_dim(rows, entry, keepdims=False) if is_batched else rows
 
-            def write(rows, row):
-                return lax.dynamic_update_index_in_dim(rows, row, entry, axis=0)
-
-            # The condition holds for every entry that the loop visits. It stands here because XLA
-            # does not fuse across it: fused into fn, the read of a carried row would outlive the
-            # write of that row, and all rows would be copied for it.
-            new_carried, output = lax.cond(
-                active[entry],
-                lambda row: fn(row, *jax.tree.map(read, operands, operands_batched)),
-                lambda row: (jax.tree.map(jnp.zeros_like, row), zeros()),  # never run
-                jax.tree.map(read, carried),
+            new_carried, output = fn(
+                jax.tree.map(read, carried), *jax.tree.map(read, operands, operands_batched)
             )
-            return jax.tree.map(write, carried, new_carried), jax.tree.map(write, outputs, output)
+            # A row is written in place only when nothing reads the old one any more. Else XLA
+            # copies all rows: so where the row is written must depend on the output.
+            place = entry + _zero_after(output)
+            carried = jax.tree.map(functools.partial(_write_row, place), carried, new_carried)
+            outputs = jax.tree.map(functools.partial(_write_row, entry), outputs, output)
+            return carried, outputs
 
         result = lax.fori_loop(0, active.sum(), body, (carried, zeros((size,))))
         return result, jax.tree.map(lambda _: True, result)
 
     return conditional(active, carried, operands)
+
+
+def _write_row(entry: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(rows, row, entry, axis=0)
+
+
+def _zero_after(tree: PyTree) -> jax.Array:
+    """Zero, which XLA only knows when it has the floats in a tree. ``# shape=(), dtype=int32``"""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
+    # The magnitude, as an integer, is at least 0: that of NaN too.
+    magnitudes = [jnp.abs(x.reshape(-1)[0]).astype(jnp.int32) for x in floats]
+    return sum((jnp.minimum(x, 0) for x in magnitudes), jnp.zeros((), jnp.int32))
 
 
 @custom_vmap

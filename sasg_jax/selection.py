@@ -29,9 +29,9 @@ from sasg_jax._checks import check_choice
 _MIN_PRUNED_SIZE = 1 << 15
 _MAX_PRUNED_DENSITY = 1 / 4
 # Primes, so that the sample falls on every column of a matrix: rows and columns differ in scale.
-# The longer stride where that many of the k largest are sampled all the same.
-_SAMPLE_STRIDES = (67, 17)
-_ENOUGH_SAMPLED = 500
+# The longest with which that many of the k largest are sampled, or else the shortest.
+_SAMPLE_STRIDES = (67, 31, 17)
+_ENOUGH_SAMPLED = 125
 _WORD = 32  # bits in one word of a mask
 
 MIN_FILL = 0.8
@@ -78,8 +78,8 @@ def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
 
 def _pruned(x: jax.Array, k: int) -> jax.Array:
     x = x.astype(jnp.float32)
-    long, short = _SAMPLE_STRIDES
-    stride = long if k // long >= _ENOUGH_SAMPLED else short
+    enough = (stride for stride in _SAMPLE_STRIDES if k // stride >= _ENOUGH_SAMPLED)
+    stride = next(enough, _SAMPLE_STRIDES[-1])
     sample = x[: x.size // stride * stride]
     sample = _magnitudes(sample.reshape(-1, stride)[:, 0])
     # A quarter more than the expected rank, and some entries for small k, so that the bound rarely

@@ -104,6 +104,21 @@ def test_runs_only_for_active_entries(pattern):
     assert sorted(ran) == [int(first) for first in X[active, 0]]
 
 
+def test_rows_are_written_in_place():
+    """Whatever fn reads of a row, of the rows there is no copy."""
+
+    def keep_largest(carried, x):
+        total = carried + x
+        indices = jax.lax.top_k(jnp.abs(total), 100)[1]
+        return total.at[indices].set(0), (total[indices], indices)
+
+    rows = jnp.zeros((16, 50_000))
+    fn = jax.jit(jax.vmap(lambda a, c, x: update_if(a, keep_largest, c, x)), donate_argnums=1)
+    memory = fn.lower(jnp.ones(16, bool), rows, rows).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= rows.nbytes
+    assert memory.temp_size_in_bytes < rows.nbytes / 2
+
+
 def test_sum_rows_goes_in_order():
     """16777216 + 1 + 1 is 16777216 in float32, and 1 + 1 + 16777216 is not."""
     big = np.float32(2**24)

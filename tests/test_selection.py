@@ -15,8 +15,9 @@ from jax import lax
 
 from sasg_jax import selection
 
-# The sample is every 17th entry, or every 67th. Short vectors and large k go to the reference; 8
-# sampled entries (136 in all) are the least that k = 1 prunes with; bit masks have words of 32.
+# The sample is every 17th entry, of large k every 31st or 67th. Short vectors and large k go to the
+# reference; 8 sampled entries (136 in all) are the least that k = 1 prunes with; bit masks have
+# words of 32.
 SHAPES = [(1, 1), (32, 32), (33, 5), (135, 1), (136, 1), (200, 2), (512, 30), (1025, 16)]
 
 
@@ -86,11 +87,11 @@ def test_hard_vector(size, k, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["normal", "tied", "constant", "sampled_large"])
-def test_long_stride(kind):
-    """Large k are sampled at every 67th entry."""
-    size, k = 200_000, 40_000
+@pytest.mark.parametrize(("k", "stride"), [(5000, 31), (40_000, 67)])
+def test_long_stride(k, stride, kind):
+    size = 200_000
     vectors = _vectors(size, k)
-    sampled = np.arange(size) % 67 == 0
+    sampled = np.arange(size) % stride == 0
     vectors["sampled_large"] = np.where(sampled, 100.0, vectors["normal"]).astype(np.float32)
     _assert_same_set(jnp.asarray(vectors[kind]), k)
 
