@@ -90,17 +90,17 @@ def worker_round(
     """
     if rule.adaptive:
         forced = must_upload(rule, state.staleness, round)
-        innovation = lax.cond(
+        measured = lax.cond(
             for_all(forced),
-            lambda: jnp.zeros((), jnp.float32),
+            lambda: jnp.full((), jnp.nan, jnp.float32),
             lambda: squared_distance(grads, stale_grads_fn(state.stale_params)),
         )
-        innovation = jnp.where(forced, 0, innovation)
         # A finite sum of squares of g - g' vouches for g. Otherwise g itself is looked at.
         _, not_finite = update_if(
-            forced | ~jnp.isfinite(innovation), lambda _, g: ((), ~_all_finite(g)), (), grads
+            ~jnp.isfinite(measured), lambda _, g: ((), ~_all_finite(g)), (), grads
         )
         finite = ~not_finite
+        innovation = jnp.where(forced, 0, measured)
         # Written so that an innovation that is not a number uploads.
         uploaded = finite & (forced | ~(innovation <= threshold))
     else:
