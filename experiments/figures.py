@@ -237,14 +237,16 @@ def plot_ratios(ratios: Sequence[tuple[str, float]], path: pathlib.Path) -> None
     """Draws bars of how far each named thing is above its floor."""
     height = 1.1 + 0.29 * len(ratios)
     with plt.rc_context(_PANEL_STYLE):
-        figure, axis = plt.subplots(figsize=(1.4 * _PANEL[0], height), layout="constrained")
+        figure, axis = plt.subplots(figsize=(1.8 * _PANEL[0], height), layout="constrained")
         bars = axis.barh(range(len(ratios)), [ratio for _, ratio in ratios], color="#0173b2")
         axis.bar_label(bars, [f"{ratio:,.2f}" for _, ratio in ratios], padding=3, fontsize=10)
         axis.set_yticks(range(len(ratios)), [name for name, _ in ratios])
         axis.invert_yaxis()
         axis.axvline(1, color="0.4", linewidth=0.9, linestyle="--")
         axis.set(xlabel="times the floor", xscale="log")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlim(0.7, 2 * max(ratio for _, ratio in ratios))
+        axis.margins(y=0.01)
         axis.grid(axis="x", alpha=0.25)
         figure.savefig(path, dpi=160)
         plt.close(figure)
