@@ -47,10 +47,21 @@ def test_bad_repeats(capsys):
         cli.main(["bench", "--repeats", "0"])
 
 
+def _peak_with(size):
+    return np.ones(size, np.uint8).nbytes, bench._peak_bytes()
+
+
+@pytest.mark.skipif(not bench._peak_bytes(), reason="this system does not tell a process its peak")
 def test_memory_is_that_of_a_process_of_its_own():
-    seconds, peak, begun = bench._in_a_process(bench._many_workers, 12, 2)
-    assert len(seconds) == 2
-    assert peak > begun > 0
+    """Not of the process that starts it, and all that it has had."""
+    mine = np.ones(2**30, np.uint8)
+    little, much = (bench._in_a_process(_peak_with, size)[1] for size in (2**10, 2**29))
+    assert little < mine.nbytes < bench._peak_bytes()
+    assert much - little > 0.9 * 2**29
+
+
+def test_many_workers_are_timed_after_the_rounds_in_which_all_must_upload():
+    assert len(bench._many_workers(12, 2)[0]) == 2
 
 
 def test_the_pytorch_loop_is_the_same_algorithm(monkeypatch):
