@@ -115,6 +115,7 @@ def test_rows_are_written_in_place():
     rows = jnp.zeros((16, 50_000))
     fn = jax.jit(jax.vmap(lambda a, c, x: update_if(a, keep_largest, c, x)), donate_argnums=1)
     memory = fn.lower(jnp.ones(16, bool), rows, rows).compile().memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes >= rows.nbytes
     assert memory.temp_size_in_bytes < rows.nbytes / 2
 
