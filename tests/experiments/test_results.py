@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from experiments import bench, findings
+from experiments import bench, findings, wire
 from experiments.configs import CONFIGS, PAPER_METHODS
 from experiments.figures import LABELS
 from experiments.records import Store, at_target
@@ -68,6 +68,33 @@ def test_readme_quotes_the_bench():
         assert ratio == f"{row['seconds'] / row['floor']:.2f}"
         number = float(median.removesuffix(" ms").replace(",", ""))
         assert number == pytest.approx(1000 * row["seconds"], rel=6e-3)
+
+
+def test_readme_quotes_the_wire():
+    content = json.loads((RESULTS / "wire" / "wire.json").read_text())
+    measurements = [wire.Measurement(**measured) for measured in content["measurements"]]
+    quoted = _readme_rows("wire")
+    assert [(method, exchange) for method, exchange, *_ in quoted] == [
+        (LABELS[m.method], f"`{m.exchange}`") for m in measurements
+    ]
+    dense = measurements[0].communication_ms
+    for (_, _, *sizes, exchange, ratio), m in zip(quoted, measurements, strict=True):
+        by_host = m.ledger_sent, m.kernel_sent, m.ledger_received, m.kernel_received
+        assert sizes == [format_bytes(m.of_a_worker(sizes)) for sizes in by_host]
+        assert exchange == f"{m.communication_ms:,.0f} ms"
+        value = 1 / float(ratio[2:]) if ratio.startswith("1/") else float(ratio)
+        assert value == pytest.approx(m.communication_ms / dense, rel=0.02)
+
+
+def test_readme_quotes_the_estimates():
+    estimates = {
+        name: json.loads((RESULTS / "estimates" / f"{name}.json").read_text())["estimated_hours"]
+        for name in (f"{c}_resnet18-{m}" for c in ("cifar10", "cifar100") for m in ("sgd", "sasg"))
+    }
+    hours = [f"{estimate:.0f}" for estimate in estimates.values()]
+    assert (
+        "would take {} hours here for SGD and {} for SASG with 10 classes, {} and {} with 100"
+    ).format(*hours) in " ".join(README.split())
 
 
 @pytest.mark.parametrize("name", ["mnist_fc", "cifar10_narrow"])
