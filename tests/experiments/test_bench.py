@@ -64,6 +64,13 @@ def test_many_workers_are_timed_after_the_rounds_in_which_all_must_upload():
     assert len(bench._many_workers(12, 2)[0]) == 2
 
 
+def test_a_workers_step_needs_at_most_eight_arrays_like_its_parameters():
+    size = 10_000_000
+    seconds, _, needed = bench._many_parameters(size, 1)
+    assert len(seconds) == 1
+    assert 4 * size < needed <= 8 * 4 * size
+
+
 def test_the_pytorch_loop_is_the_same_algorithm(monkeypatch):
     """For 20 rounds: after many more, a worker at the edge of the rule decides otherwise."""
     torch = pytest.importorskip("torch", reason="PyTorch is an extra")
