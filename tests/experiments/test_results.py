@@ -79,6 +79,8 @@ def test_readme_quotes_the_wire():
     ]
     dense = measurements[0].communication_ms
     for (_, _, *sizes, exchange, ratio), m in zip(quoted, measurements, strict=True):
+        assert m.kernel_sent is not None
+        assert m.kernel_received is not None
         by_host = m.ledger_sent, m.kernel_sent, m.ledger_received, m.kernel_received
         assert sizes == [format_bytes(m.of_a_worker(sizes)) for sizes in by_host]
         assert exchange == f"{m.communication_ms:,.0f} ms"
