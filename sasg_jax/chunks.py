@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sasg_jax.control_flow import add_rows
+from sasg_jax.control_flow import add_rows, zero_after
 from sasg_jax.transform import AggregateState, ServerHalf, find_state
 
 PyTree = Any
@@ -95,9 +95,9 @@ def make_round(
         collected = jax.tree.map(lambda x, s: x.astype(s.dtype), collected, messages)
     uploaded = infos.uploaded if wire.flag_bytes else None
     no_grads = jax.tree.map(jnp.zeros_like, params)
-    # Zero, but only known when all chunks are made. Without it the compiler may write the recent
-    # parameters before the last worker has read them, and copies them all to be on the safe side.
-    zero = jnp.minimum(infos.uploaded.sum(), 0)
+    # Otherwise the compiler may write the recent parameters before the last worker has read them,
+    # and copies them all to be on the safe side.
+    zero = zero_after(infos.loss)
     updates, opt_state = tx.update(
         no_grads,
         link(opt_state, ServerHalf(collected, uploaded), rounds_later=zero),

@@ -73,7 +73,7 @@ def update_if(
             )
             # A row is written in place only when nothing reads the old one any more. Else XLA
             # copies all rows: so where the row is written must depend on the output.
-            place = entry + _zero_after(output)
+            place = entry + zero_after(output)
             carried = jax.tree.map(functools.partial(_write_row, place), carried, new_carried)
             outputs = jax.tree.map(functools.partial(_write_row, entry), outputs, output)
             return carried, outputs
@@ -88,7 +88,7 @@ def _write_row(entry: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(rows, row, entry, axis=0)
 
 
-def _zero_after(tree: PyTree) -> jax.Array:
+def zero_after(tree: PyTree) -> jax.Array:
     """Zero, which XLA only knows when it has the floats in a tree. ``# shape=(), dtype=int32``"""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
     # The magnitude, as an integer, is at least 0: that of NaN too.
