@@ -1,59 +1,108 @@
 """SASG in JAX: data-parallel training that sends little and seldom.
 
-Sparse messages with error feedback, only from workers whose gradient has changed enough, as an
-optax gradient transformation. See :mod:`sasg_jax.algorithms` for the four methods.
+A kit of parts for training across slow links, as optax gradient transformations: directions, upload
+rules, feedback, compressors, coders and exchanges, of which :func:`sasg_jax.compressed_sgd` and
+:func:`sasg_jax.aggregate` make a method. See :mod:`sasg_jax.algorithms` for the named ones.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
+from sasg_jax import exchanges
 from sasg_jax.algorithms import lasg, sasg, sgd, sparse_sgd
-from sasg_jax.compressors import Compressor, MessageSize, identity, top_k
+from sasg_jax.coders import Coder, plain
+from sasg_jax.compressors import Compressed, Compressor, MessageSize, identity, top_k
+from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
+from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
+from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
+from sasg_jax.feedback import Feedback, Reconstruction, Residual, none, reconstruction, residual
 from sasg_jax.ledger import Ledger
-from sasg_jax.server import ServerState
+from sasg_jax.method import Method, make_method
+from sasg_jax.rules import Decision, Round, Rule, View, always, every, innovation, released_alpha
+from sasg_jax.server import init_server, server_half
 from sasg_jax.state_axes import per_worker, stack_workers, worker_axes, worker_specs
-from sasg_jax.train_step import (
-    RoundInfo,
-    TrainState,
-    TrainStep,
-    make_train_step,
-    mean_model_state,
-)
-from sasg_jax.transform import (
+from sasg_jax.states import (
     AggregateState,
     Diagnostics,
-    WireSizes,
-    aggregate,
+    PipelineState,
+    ServerState,
+    WorkerState,
     diagnostics,
 )
-from sasg_jax.upload_rules import UploadRule, always, innovation, released_alpha
-from sasg_jax.worker import WorkerState
+from sasg_jax.train_state import RoundInfo, TrainState, mean_model_state, worker_round
+from sasg_jax.train_step import TrainStep, make_train_step
+from sasg_jax.transform import Transformation, aggregate, compressed_sgd, pipeline
+from sasg_jax.worker import Post, init_worker, worker_half
+
+try:
+    __version__ = version("sasg_jax")
+except PackageNotFoundError:  # run from a folder that was never installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "AggregateState",
+    "Coder",
+    "Compressed",
     "Compressor",
+    "Decision",
     "Diagnostics",
+    "Direction",
+    "Evaluation",
+    "Exchange",
+    "Feedback",
     "Ledger",
+    "Links",
     "MessageSize",
+    "Method",
+    "Needs",
+    "PipelineState",
+    "Post",
+    "Reconstruction",
+    "Residual",
+    "Round",
     "RoundInfo",
+    "Rule",
     "ServerState",
+    "Traffic",
     "TrainState",
     "TrainStep",
-    "UploadRule",
-    "WireSizes",
+    "Transformation",
+    "View",
     "WorkerState",
     "aggregate",
     "always",
+    "compressed_sgd",
     "diagnostics",
+    "every",
+    "exchanges",
+    "gradient",
     "identity",
+    "init_server",
+    "init_worker",
     "innovation",
     "lasg",
+    "local_steps",
+    "make_method",
     "make_train_step",
     "mean_model_state",
+    "none",
+    "on_devices",
+    "on_mesh",
     "per_worker",
+    "pipeline",
+    "plain",
+    "reconstruction",
     "released_alpha",
+    "residual",
     "sasg",
+    "server_half",
     "sgd",
+    "simulate",
+    "simulate_in_chunks",
     "sparse_sgd",
     "stack_workers",
     "top_k",
     "worker_axes",
+    "worker_half",
+    "worker_round",
     "worker_specs",
 ]

@@ -44,6 +44,13 @@ def check_int(name: str, value: Any, *, minimum: int) -> int:
     return result
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Returns ``value`` if it is a bool; raises ValueError otherwise."""
+    if not isinstance(value, bool):
+        raise expected(name, value, "to be True or False")
+    return value
+
+
 def check_density(name: str, value: Any) -> float:
     """Returns ``value`` as a float in (0, 1]; raises ValueError otherwise."""
     _reject_traced(name, value)
@@ -73,6 +80,23 @@ def is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def check_key(key: Any) -> Any:
+    """Returns a PRNG key as a typed one, or None; raises ValueError for anything else."""
+    if key is None:
+        return None
+    _reject_traced("key", key)
+    try:
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.clone(key)
+        else:
+            key = jax.random.wrap_key_data(key)
+    except (AttributeError, TypeError, ValueError):
+        raise expected("key", key, "to be a PRNG key, e.g. jax.random.key(0)") from None
+    if key.shape:
+        raise expected("key", key, "to be one PRNG key")
+    return key
+
+
 def check_axis_name(axis_name: Any) -> Hashable:
     """Returns ``axis_name`` if it can name one mapped axis; raises ValueError otherwise."""
     if not isinstance(axis_name, str) or not axis_name:
@@ -96,29 +120,40 @@ def check_mapped_axis(axis_name: str, num_workers: int) -> None:
         )
 
 
-def check_params(params: Any) -> None:
-    """Raises unless ``params`` is a non-empty pytree of real floating-point arrays.
+def as_params(params: Any) -> Any:
+    """``params`` with arrays of JAX at its leaves: what JAX makes of those of NumPy and of floats.
 
     Raises:
-      ValueError: the tree holds no array, or an array without entries.
-      TypeError: a leaf is not of a real floating-point type; the message gives its path.
+      ValueError: an array has no entries, or 2**31 or more.
+      TypeError: a leaf is not of a real floating-point type of 16, 32 or 64 bits; the message
+        gives its path.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError(f"Expected params to hold at least one array, got {params!r}.")
-    for path, leaf in leaves:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         where = f"params{jax.tree_util.keystr(path)}"
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            dtype = None
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            got = repr(leaf) if dtype is None else dtype.name
             raise TypeError(
-                f"Expected {where} to be of a floating-point type, got {dtype.name}. Keep such "
-                "arrays out of params (in the model state), or mask them with optax.masked."
+                f"Expected {where} to be of a floating-point type of 16 bits or more, got {got}. "
+                "Keep such leaves out of params (in the model state), or mask them with "
+                "optax.masked."
             )
         if not 0 < jnp.size(leaf) < 2**31:
             raise ValueError(
                 f"Expected {where} to have between 1 and 2**31 - 1 entries, "
                 f"got shape {jnp.shape(leaf)}."
             )
+    # A weak type would be a strong one after the first round, and the step be compiled again.
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
+
+
+def check_not_empty(params: Any) -> None:
+    """Raises ValueError unless ``params`` holds an array."""
+    if not jax.tree.leaves(params):
+        raise ValueError(f"Expected params to hold at least one array, got {params!r}.")
 
 
 def check_like(name: str, tree: Any, like: Any) -> None:

@@ -1,4 +1,4 @@
-r"""The paper's four methods, one grid of compressor and upload rule.
+r"""The named methods: the paper's four, one grid of compressor and upload rule.
 
 ==========================  =================================  ======================
 .                           send everything (identity)         top-k, error feedback
@@ -7,24 +7,20 @@ every worker, always        :func:`sgd`                        :func:`sparse_sgd
 only when (6) says so       :func:`lasg`                       :func:`sasg`
 ==========================  =================================  ======================
 
-Each is a complete optimiser with the learning rate inside the compressor. With ``downlink``, the
-server's step is compressed too. They share these arguments:
+Each is a complete optimiser with the learning rate inside the compressor: a row of the table of
+parts, :func:`sasg_jax.compressed_sgd`, by name. They share these arguments:
 
 Args:
   learning_rate: γ, a number above 0 or an optax schedule of the round.
   num_workers: M, the size of the mapped axis.
   density: kept fraction k/d of every tensor, in (0, 1].
   selection: how those entries are found, see :func:`sasg_jax.top_k`.
-  max_staleness: an upload is forced when the last one is this many rounds back.
-  history: D, how many past steps the threshold sums over.
   alpha: the α_d of the upload rule (6): a number, D numbers, or a function of the learning rate.
     None is ``released_alpha(0.5, num_workers)``, that is 0.5·M/γ.
-  downlink: compressor of the way down; None sends it dense.
-  exchange: how messages travel, see :mod:`sasg_jax.exchange`.
-  share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once, in
-    place of a copy of those of its last upload for each worker: less memory where a device
-    simulates more workers than that.
-  axis_name: name of the mapped axis over workers.
+  max_staleness: an upload is forced when the last one is this many rounds back.
+  history: D, how many past steps the threshold sums over.
+  share_stale_params: see :func:`sasg_jax.innovation`.
+  silence, downlink, exchange, axis_name: see :func:`sasg_jax.aggregate`.
 
 References: Deng et al., `Communication-Efficient Distributed Learning via Sparse and Adaptive
 Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
@@ -32,10 +28,11 @@ Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
 
 import optax
 
-from sasg_jax._checks import check_learning_rate
 from sasg_jax.compressors import Compressor, identity, top_k
-from sasg_jax.transform import make_transform
-from sasg_jax.upload_rules import Alpha, AlphaFn, always, innovation, released_alpha
+from sasg_jax.exchanges import Exchange
+from sasg_jax.rules import Rule, always, innovation, released_alpha
+from sasg_jax.rules.innovation import Alpha, AlphaFn
+from sasg_jax.transform import Transformation, compressed_sgd
 
 
 def sgd(
@@ -43,18 +40,17 @@ def sgd(
     *,
     num_workers: int,
     downlink: Compressor | None = None,
-    exchange: str = "psum",
+    exchange: str | Exchange | None = None,
     axis_name: str = "workers",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Distributed SGD: everybody sends the whole gradient in every round."""
-    return make_transform(
+    return compressed_sgd(
+        learning_rate,
         identity(),
         always(),
-        learning_rate=check_learning_rate(learning_rate),
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
-        share_stale_params=False,
         axis_name=axis_name,
     )
 
@@ -66,18 +62,17 @@ def sparse_sgd(
     density: float = 0.01,
     selection: str = "auto",
     downlink: Compressor | None = None,
-    exchange: str = "gather",
+    exchange: str | Exchange | None = None,
     axis_name: str = "workers",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Sparsified SGD with memory: everybody sends the top k in every round."""
-    return make_transform(
+    return compressed_sgd(
+        learning_rate,
         top_k(density, selection=selection),
         always(),
-        learning_rate=check_learning_rate(learning_rate),
         num_workers=num_workers,
         downlink=downlink,
         exchange=exchange,
-        share_stale_params=False,
         axis_name=axis_name,
     )
 
@@ -86,27 +81,27 @@ def lasg(
     learning_rate: optax.ScalarOrSchedule,
     *,
     num_workers: int,
+    alpha: Alpha | AlphaFn | None = None,
     max_staleness: int = 10,
     history: int = 10,
-    alpha: Alpha | AlphaFn | None = None,
-    downlink: Compressor | None = None,
-    exchange: str = "gather",
     share_stale_params: bool = False,
+    silence: str | None = None,
+    downlink: Compressor | None = None,
+    exchange: str | Exchange | None = None,
     axis_name: str = "workers",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Lazily aggregated SGD: whole gradients, from workers whose gradient has changed enough.
 
     The server keeps the last gradient of every worker: M copies of the parameters' size.
     """
-    alpha = released_alpha(0.5, num_workers) if alpha is None else alpha
-    return make_transform(
+    return compressed_sgd(
+        learning_rate,
         identity(),
-        innovation(alpha, max_staleness=max_staleness, history=history),
-        learning_rate=check_learning_rate(learning_rate),
+        _rule(alpha, num_workers, max_staleness, history, share_stale_params),
         num_workers=num_workers,
+        silence=silence,
         downlink=downlink,
         exchange=exchange,
-        share_stale_params=share_stale_params,
         axis_name=axis_name,
     )
 
@@ -117,14 +112,15 @@ def sasg(
     num_workers: int,
     density: float = 0.01,
     selection: str = "auto",
+    alpha: Alpha | AlphaFn | None = None,
     max_staleness: int = 10,
     history: int = 10,
-    alpha: Alpha | AlphaFn | None = None,
-    downlink: Compressor | None = None,
-    exchange: str = "gather",
     share_stale_params: bool = False,
+    silence: str | None = None,
+    downlink: Compressor | None = None,
+    exchange: str | Exchange | None = None,
     axis_name: str = "workers",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Sparse and adaptive SGD: the top k, from workers whose gradient has changed enough.
 
     Stands where ``lax.pmean(grads, "workers")`` and ``optax.sgd`` stood::
@@ -136,14 +132,20 @@ def sasg(
             updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
             return optax.apply_updates(params, updates), opt_state
     """
-    alpha = released_alpha(0.5, num_workers) if alpha is None else alpha
-    return make_transform(
+    return compressed_sgd(
+        learning_rate,
         top_k(density, selection=selection),
-        innovation(alpha, max_staleness=max_staleness, history=history),
-        learning_rate=check_learning_rate(learning_rate),
+        _rule(alpha, num_workers, max_staleness, history, share_stale_params),
         num_workers=num_workers,
+        silence=silence,
         downlink=downlink,
         exchange=exchange,
-        share_stale_params=share_stale_params,
         axis_name=axis_name,
     )
+
+
+def _rule(
+    alpha: Alpha | AlphaFn | None, num_workers: int, max_staleness: int, history: int, share: bool
+) -> Rule:
+    alpha = released_alpha(0.5, num_workers) if alpha is None else alpha
+    return innovation(alpha, max_staleness=max_staleness, history=history, share_stale_params=share)

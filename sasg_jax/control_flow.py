@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.extend.core import jaxpr_as_fun
 
 PyTree = Any
 
@@ -91,9 +92,13 @@ def _write_row(entry: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
 def zero_after(tree: PyTree) -> jax.Array:
     """Zero, which XLA only knows when it has the floats in a tree. ``# shape=(), dtype=int32``"""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
-    # The magnitude, as an integer, is at least 0: that of NaN too.
-    magnitudes = [jnp.abs(x.reshape(-1)[0]).astype(jnp.int32) for x in floats]
-    return sum((jnp.minimum(x, 0) for x in magnitudes), jnp.zeros((), jnp.int32))
+    return sum((_zero_after(x.reshape(-1)[0]) for x in floats), jnp.zeros((), jnp.int32))
+
+
+def _zero_after(x: jax.Array) -> jax.Array:
+    # Read as an integer, a magnitude is at least 0, that of NaN too: its highest bit is the sign.
+    bits = lax.bitcast_convert_type(jnp.abs(x), f"int{8 * x.dtype.itemsize}")
+    return jnp.minimum(bits, 0).astype(jnp.int32)
 
 
 @custom_vmap
@@ -112,6 +117,29 @@ def _for_all_rule(size, batched, flag):
     return (flag.all() if batched[0] else flag), False
 
 
+@custom_vmap
+def same_on_all(tree: PyTree) -> PyTree:
+    """``tree``, which under ``vmap`` over workers must be the same for all of them.
+
+    Raises:
+      ValueError: it depends on the worker.
+    """
+    return tree
+
+
+@same_on_all.def_vmap
+def _same_on_all_rule(size, batched, tree):
+    del size
+    if any(jax.tree.leaves(batched)):
+        raise ValueError(
+            "Expected params and everything in the optimiser state after the sasg_jax "
+            "transformation to be the same on all workers, but a part depends on the worker. In "
+            "sasg_jax.pipeline or optax.chain, put what sees a worker's own gradients before the "
+            "sasg_jax transformation."
+        )
+    return tree, batched[0]
+
+
 def sum_rows(rows: jax.Array) -> jax.Array:
     """Sums over the leading axis, one row after another, so that all replicas get the same bits.
 
@@ -123,3 +151,44 @@ def sum_rows(rows: jax.Array) -> jax.Array:
 def add_rows(total: jax.Array, rows: jax.Array) -> jax.Array:
     """Adds the rows of the leading axis to a total, one after another."""
     return lax.scan(lambda total, row: (total + row, None), total, rows, unroll=8)[0]
+
+
+def refuse_collectives(fn: Callable[..., PyTree], axis_name: str) -> Callable[..., PyTree]:
+    """``fn``, which must not use collectives over ``axis_name``.
+
+    Workers that need not evaluate it do not, and those that do would wait for them for ever.
+
+    Raises:
+      ValueError: it does; when it is called.
+    """
+
+    def checked(*args):
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        if primitive := _find_collective(closed.jaxpr, axis_name):
+            raise ValueError(
+                f"Expected a loss without collectives over axis {axis_name!r}, found "
+                f"{primitive!r} (e.g. of BatchNorm(axis_name=...)). Only the workers that need it "
+                "evaluate the gradient once more, and would wait for the others for ever. Let "
+                "each worker keep its own statistics, or use a rule that does not compare, e.g. "
+                "sasg_jax.always()."
+            )
+        outputs = jaxpr_as_fun(closed)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return checked
+
+
+def _find_collective(jaxpr: Any, axis_name: str) -> str | None:
+    """The name of a primitive that communicates over ``axis_name``, if there is one."""
+    for eqn in jaxpr.eqns:
+        axes = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
+        names = [name for x in axes for name in (x if isinstance(x, tuple) else (x,))]
+        if axis_name in names and eqn.primitive.name != "axis_index":
+            return eqn.primitive.name
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns") and (found := _find_collective(inner, axis_name)):
+                return found
+    return None

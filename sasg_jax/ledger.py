@@ -1,14 +1,16 @@
 """Uploads and bytes, counted on the host in Python integers, which never overflow or round."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from sasg_jax import exchange
 from sasg_jax._checks import check_choice, check_int, expected
-from sasg_jax.transform import WireSizes, find_state
+from sasg_jax.exchanges import EXCHANGES, Traffic
+from sasg_jax.states import Wire, find_state
 
 PyTree = Any
 
@@ -39,34 +41,82 @@ class Ledger:
     """
 
     def __init__(self, opt_state: PyTree):
-        self._wire: WireSizes = find_state(opt_state).wire
+        self._start(find_state(opt_state).wire)
+
+    def _start(self, wire: Wire) -> None:
+        self._wire = wire
+        self._staleness = self._previous_staleness = np.full(wire.num_workers, wire.max_staleness)
+        self._forced_rounds, self._warned = 0, False
         self.uploads_by_worker = [0] * self._wire.num_workers
         self.rounds_by_uploads = [0] * (self._wire.num_workers + 1)
         """Entry u is the number of rounds in which u workers uploaded."""
+        self.presences = 0
+        """Over all rounds, how many workers took part."""
         self.model_state_bytes = 0
         """Bytes of model state (BatchNorm statistics) that were averaged over workers."""
 
-    def record(self, uploaded: Any) -> None:
+    def record(self, uploaded: Any, present: Any = None) -> None:
         """Adds rounds.
 
+        Over several processes, ``uploaded`` may lie on the devices of all: then all must call this.
+
         Args:
-          uploaded: who uploaded. ``# shape=(M,) or (rounds, M), dtype=bool``
+          uploaded: who uploaded. ``# shape=(M,) or (rounds, M), dtype=bool`` Where all always
+            upload and nobody tells, every message is sent, also one that a refused gradient has
+            left empty: who is present counts as having uploaded.
+          present: who took part; None for all. Shape and dtype as ``uploaded``.
 
         Raises:
           ValueError: another shape or dtype.
+
+        Warns:
+          UserWarning: once, when for ``2 max_staleness`` rounds the rule has let nobody upload but
+            where it was forced.
         """
-        flags = np.asarray(uploaded)
-        workers = self._wire.num_workers
-        if flags.dtype != np.bool_ or flags.ndim not in (1, 2) or flags.shape[-1] != workers:
+        flags = self._flags("uploaded", uploaded)
+        there = np.ones_like(flags) if present is None else self._flags("present", present)
+        if flags.shape != there.shape:
             raise ValueError(
-                f"Expected uploaded to be of dtype bool and shape ({workers},) or (rounds, "
-                f"{workers}), got {flags.dtype} and {flags.shape}."
+                f"Expected present to have the shape of uploaded, {flags.shape}, got {there.shape}."
             )
-        flags = flags.reshape(-1, workers)
+        if not self._wire.flag_bytes:
+            flags = there
         for worker, uploads in enumerate(flags.sum(0)):
             self.uploads_by_worker[worker] += int(uploads)
         for uploads in flags.sum(1):
             self.rounds_by_uploads[int(uploads)] += 1
+        self.presences += int(there.sum())
+        self._watch(flags)
+
+    def _flags(self, name: str, value: Any) -> np.ndarray:
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            value = multihost_utils.process_allgather(value, tiled=True)
+        flags, workers = np.asarray(value), self._wire.num_workers
+        if flags.dtype != np.bool_ or flags.ndim not in (1, 2) or flags.shape[-1] != workers:
+            raise ValueError(
+                f"Expected {name} to be of dtype bool and shape ({workers},) or (rounds, "
+                f"{workers}), got {flags.dtype} and {flags.shape}."
+            )
+        return flags.reshape(-1, workers)
+
+    def _watch(self, flags: np.ndarray) -> None:
+        """Warns of a rule that lets nobody upload."""
+        cap = self._wire.max_staleness
+        if cap < 2 or self._warned:
+            return
+        for row in flags:
+            self._staleness = np.where(row, 1, self._staleness + 1)
+            was_free = row & (self._previous_staleness < cap)
+            self._previous_staleness = self._staleness
+            self._forced_rounds = 0 if was_free.any() else self._forced_rounds + 1
+        if self._forced_rounds >= 2 * cap:
+            self._warned = True
+            warnings.warn(
+                f"For {self._forced_rounds} rounds the rule has let nobody upload but where it was "
+                f"forced, every {cap} rounds: its threshold is too high to tell anything. Choose a "
+                "smaller alpha, or sasg_jax.always().",
+                stacklevel=3,
+            )
 
     def record_model_state(self, model_state: PyTree) -> None:
         """Adds one averaging of ``model_state`` (leading axis M): every worker sends its own."""
@@ -90,14 +140,14 @@ class Ledger:
     @property
     def uplink_bytes(self) -> int:
         """Values, indices and flags that workers send to the server."""
-        flags = self.rounds * self._wire.num_workers * self._wire.flag_bytes
+        flags = self.presences * self._wire.flag_bytes
         return self.uploads * self._wire.upload_bytes + flags
 
     @property
     def downlink_bytes(self) -> int:
         """What the server sends: its step to every worker in every round, or, with the exchange
         ``"relay"``, every upload to all other workers."""
-        if self._wire.exchange == "relay":
+        if self._wire.exchange_object.forwards:
             return self.uploads * (self._wire.num_workers - 1) * self._wire.upload_bytes
         return self.rounds * self._wire.num_workers * self._wire.downlink_bytes
 
@@ -113,26 +163,22 @@ class Ledger:
 
     def _links(self, direction: int) -> tuple[int, ...]:
         wire = self._wire
-        uploads, rounds = self.uploads_by_worker, self.rounds_by_uploads
-        if not wire.flag_bytes:  # every message moves, also one that a refused gradient left empty
-            uploads = [self.rounds] * wire.num_workers
-            rounds = [0] * wire.num_workers + [self.rounds]
-        links = exchange.links(
-            wire.exchange,
-            upload_bytes=wire.upload_bytes,
-            downlink_bytes=wire.downlink_bytes,
+        traffic = Traffic(
+            upload_bytes=wire.moved_upload_bytes,
+            downlink_bytes=wire.moved_downlink_bytes,
             flag_bytes=wire.flag_bytes,
-            uploads_by_worker=uploads,
-            rounds_by_uploads=rounds,
+            uploads_by_worker=self.uploads_by_worker,
+            rounds_by_uploads=self.rounds_by_uploads,
         )
-        return tuple(links[direction])
+        return tuple(wire.exchange_object.all_links(traffic)[direction])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything needed to go on counting, for a checkpoint; exact in JSON."""
         return {
-            "wire": dataclasses.asdict(self._wire),
+            "wire": {name: getattr(self._wire, name) for name in _WIRE},
             "uploads_by_worker": list(self.uploads_by_worker),
             "rounds_by_uploads": list(self.rounds_by_uploads),
+            "presences": self.presences,
             "model_state_bytes": self.model_state_bytes,
         }
 
@@ -143,21 +189,26 @@ class Ledger:
         Raises:
           ValueError: a count is missing or is not a non-negative integer.
         """
-        names = {"wire", "uploads_by_worker", "rounds_by_uploads", "model_state_bytes"}
-        if missing := names - saved.keys():
+        names = ("wire", "uploads_by_worker", "rounds_by_uploads", "presences", "model_state_bytes")
+        if missing := set(names) - saved.keys():
             raise ValueError(f"Expected saved to have the keys {sorted(missing)}.")
         wire = dict(saved["wire"])
-        name = check_choice("wire['exchange']", wire.pop("exchange", None), exchange.EXCHANGES)
+        name = check_choice("wire['exchange']", wire.pop("exchange", None), EXCHANGES)
         sizes = {k: check_int(f"wire[{k!r}]", v, minimum=0) for k, v in wire.items()}
         ledger = cls.__new__(cls)
-        ledger._wire = WireSizes(**sizes, exchange=name)
+        ledger._start(Wire(**sizes, exchange=name))
         workers = ledger._wire.num_workers
         ledger.uploads_by_worker = _counts("uploads_by_worker", saved, workers)
         ledger.rounds_by_uploads = _counts("rounds_by_uploads", saved, workers + 1)
+        ledger.presences = check_int("presences", saved["presences"], minimum=0)
         ledger.model_state_bytes = check_int(
             "model_state_bytes", saved["model_state_bytes"], minimum=0
         )
         return ledger
+
+
+# What a ledger needs of the wire; the rest is for errors.
+_WIRE = [f.name for f in dataclasses.fields(Wire) if f.name not in ("method", "custom_exchange")]
 
 
 def _counts(name: str, saved: dict[str, Any], length: int) -> list[int]:

@@ -1,73 +1,159 @@
-r"""The server's half of a round: keep every worker's last message, and step with all of them.
+r"""The server's half of a round: step with the mean of what the workers have sent.
 
 .. math:: w_{t+1} = w_t - \frac{1}{M} \sum_{m=1}^{M} C_m
 
-where C_m is worker m's message of this round, or its last one if it is silent. With a compressor
-on the way down, the server sends C'(u + r) instead of the mean step u and keeps the rest in r.
+where C_m is worker m's message of this round; of a silent worker, by name: its last message
+(reuse), nothing (keep), or nothing in a mean over those that sent (drop). Of a worker that sends
+differences, C_m is what all of them have added up to. With a compressor on the way down, the server
+sends C'(u + r) in place of the mean step u and keeps the rest in r.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from sasg_jax.compressors import Compressor, compress_with_feedback
-from sasg_jax.recent_params import init_recent
-from sasg_jax.shards import one_shard
-from sasg_jax.upload_rules import UploadRule
+from sasg_jax.compressors.base import wide
+from sasg_jax.exchanges.shards import one_shard
+from sasg_jax.method import Method
+from sasg_jax.states import ServerState
+from sasg_jax.worker import all_finite
 
 PyTree = Any
 
 
-class ServerState(NamedTuple):
-    """What the server carries from round to round.
+class Kept(NamedTuple):
+    """What is carried where the server is."""
 
-    The same on all workers. But ``messages``, ``downlink_residual`` and ``downlink_memory`` are
-    where the exchange has the server: with ``"sharded"`` each worker has those of its own shard,
-    and with ``"server"`` only those of worker 0 are kept up.
-    """
-
-    messages: PyTree  # last message of each worker, leading axis M; () if all upload always
-    history: PyTree  # of upload_rules.record_step. shape=(D,), dtype=jnp.float32; () likewise
-    threshold: jax.Array  # of the last round. shape=(), dtype=jnp.float32
-    round: jax.Array  # rounds made, t. shape=(), dtype=jnp.int32
-    downlink_residual: PyTree  # r, like params; () for a dense way down
-    downlink_memory: PyTree  # of Compressor.init_memory, mostly without arrays
-    previous_params: PyTree  # w_{t-1}, like params; () where the step is known as it is made
-    recent_params: PyTree  # of sasg_jax.recent_params; () where each worker keeps its own
+    memory: PyTree  # as in ServerState, as are the others
+    downlink_feedback: PyTree
+    downlink_memory: PyTree
 
 
-def init_server(
-    compressor: Compressor,
-    rule: UploadRule,
-    downlink: Compressor,
-    params: PyTree,
-    *,
-    num_workers: int,
-    num_shards: int = 1,
-    keep_params: bool,
-    share_stale_params: bool = False,
-) -> ServerState:
-    """The state before the first round: empty messages and no steps.
-
-    With ``num_shards`` it is that of the server of one of the shards of ``params``.
-    """
-    served = params if num_shards == 1 else one_shard(params, num_shards)
-    message = jax.eval_shape(lambda tree: compressor.compress(tree).message, served)
+def init_server(method: Method, params: PyTree) -> ServerState:
+    """The state before the first round: empty messages and no steps."""
+    served = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), served_shapes(method, params))
+    if method.feedback.reconstructs:
+        memory = jax.tree.map(lambda x: x.astype(wide(x.dtype)), served)
+    elif method.remembers:
+        message = method.compressor.message_shapes(served)
+        memory = jax.tree.map(lambda s: jnp.zeros((method.num_workers, *s.shape), s.dtype), message)
+    else:
+        memory = ()
     return ServerState(
-        messages=jax.tree.map(lambda s: jnp.zeros((num_workers, *s.shape), s.dtype), message)
-        if rule.adaptive
-        else (),
-        history=jnp.zeros(rule.history, jnp.float32) if rule.adaptive else (),
+        memory=memory,
+        downlink_feedback=method.downlink_feedback.init(served),
+        downlink_memory=method.downlink.init_memory(served),
+        rule=method.rule.init_shared(params),
+        finite=jnp.asarray(True),
         threshold=jnp.zeros((), jnp.float32),
         round=jnp.zeros((), jnp.int32),
-        downlink_residual=()
-        if downlink.lossless
-        else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), served),
-        downlink_memory=downlink.init_memory(served),
-        previous_params=jax.tree.map(jnp.copy, params) if keep_params else (),
-        recent_params=init_recent(params, rule.max_staleness) if share_stale_params else (),
     )
+
+
+def served_shapes(method: Method, params: PyTree) -> PyTree:
+    """Shapes and dtypes of what one server serves: all, or a shard."""
+    if method.exchange.sharded:
+        return one_shard(params, method.num_workers)
+    return jax.eval_shape(lambda: params)
+
+
+def server_half(
+    method: Method,
+    server: ServerState,
+    messages: PyTree,
+    uploaded: jax.Array | None,
+    params: PyTree,
+) -> tuple[PyTree, ServerState]:
+    """The server's half of a round, whoever has brought the messages.
+
+    Not for the exchange ``"sharded"``, where each worker serves a part.
+
+    Args:
+      method: its parts.
+      server: the server's state.
+      messages: of all workers, with a leading axis M; or one row, their sum, where they add up.
+      uploaded: which of them count; None for all. ``# shape=(M,), dtype=bool``
+      params: w_t.
+
+    Returns:
+      The step, like ``params``: what the parameters lose where the method has a learning rate, the
+      mean direction where it has none. And the new state.
+
+    Guarantees:
+      - Conservation: step + new residual of the way down = mean + old residual, bit for bit.
+    """
+    kept, down = serve(method, server, messages, uploaded, params)
+    return finish(method, server, kept, down, params)
+
+
+def serve(
+    method: Method,
+    server: ServerState,
+    messages: PyTree,
+    uploaded: jax.Array | None,
+    params: PyTree,
+) -> tuple[Kept, PyTree]:
+    """What happens where the server is: its new memory, and what it sends."""
+    fn, kept, operands = served(method, server, params)
+    return fn(kept, messages, uploaded, *operands)
+
+
+def served(method: Method, server: ServerState, params: PyTree) -> tuple[Any, Kept, tuple]:
+    """``fn, kept, operands``: ``kept, down = fn(kept, messages, uploaded, *operands)``.
+
+    The function closes over nothing that is traced, so that an exchange may run it in a branch.
+    """
+    kept = Kept(server.memory, server.downlink_feedback, server.downlink_memory)
+    shard = lax.axis_index(method.axis_name) if method.exchange.sharded else jnp.int32(0)
+    of_messages = method.keys(server.round, shard)
+    of_step = method.keys(server.round, method.num_workers + shard)
+    like = served_shapes(method, params)
+    return functools.partial(_serve, method, like), kept, (of_messages, of_step)
+
+
+def _serve(
+    method: Method, like: PyTree, kept: Kept, messages: PyTree, uploaded, of_messages, of_step
+) -> tuple[Kept, PyTree]:
+    memory, count = kept.memory, method.num_workers
+    if uploaded is not None and not method.exchange.sums:
+        replaced = memory if method.remembers else jax.tree.map(jnp.zeros_like, messages)
+        messages = replace_messages(replaced, messages, uploaded)
+    if method.remembers:
+        memory = messages
+    if uploaded is not None and method.silence == "drop":
+        count = jnp.maximum(uploaded.sum(), 1)
+    key = method.decoder_key(method.compressor, of_messages)
+    total = method.compressor.decompress_sum(messages, like, key)
+    if method.feedback.reconstructs:
+        total = memory = jax.tree.map(jnp.add, memory, total)
+    # Divided before it is rounded: in half precision the sum need not fit where the mean does.
+    step = jax.tree.map(lambda x, leaf: (x / count).astype(leaf.dtype), total, like)
+    feedback, down_memory, down = _send_down(method, kept, step, of_step)
+    return Kept(memory, feedback, down_memory), down
+
+
+def _send_down(method, kept, step, keys):
+    """The way down, with its feedback. A step that is not finite leaves no trace in it."""
+    compressor, feedback = method.downlink, method.downlink_feedback
+    p = feedback.before(step, kept.downlink_feedback)
+
+    def send():
+        key = method.compressor_key(compressor, keys)
+        compressed = compressor.compress(p, kept.downlink_memory, key)
+        after = feedback.after(kept.downlink_feedback, compressed, lambda: None)
+        return after, compressed.memory, compressed.message
+
+    def refuse():  # NaN tells the workers
+        message = jax.tree.map(
+            lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0),
+            compressor.zero_message(p),
+        )
+        return kept.downlink_feedback, kept.downlink_memory, message
+
+    return send() if compressor.exact else lax.cond(all_finite(p), send, refuse)
 
 
 def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> PyTree:
@@ -86,36 +172,29 @@ def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> Py
     return jax.tree.map(replace, messages, fresh)
 
 
-def server_round(
-    compressor: Compressor,
-    downlink: Compressor,
-    like: PyTree,
-    memory: tuple[PyTree, PyTree, PyTree],
-    fresh: PyTree,
-    uploaded: jax.Array | None,
-) -> tuple[tuple[PyTree, PyTree, PyTree], PyTree]:
-    """The server's half of a round, wherever the exchange runs it.
+def finish(
+    method: Method, server: ServerState, kept: Kept, down: PyTree, params: PyTree
+) -> tuple[PyTree, ServerState]:
+    """What every worker makes of what the server sends: the step, and the server's new state."""
+    round = method.round(params, server.round)
+    threshold, shared = method.rule.begin(server.rule, round)
+    compressor = method.per_link(method.downlink)
+    # What is sent without loss and in one piece is the step itself.
+    if method.downlink.exact and not method.exchange.sharded:
+        step = down
+    else:
+        key = method.decoder_key(compressor, method.keys(server.round, jnp.int32(0)))
+        step = compressor.decompress(down, params, key)
+    finite = all_finite([x for x in jax.tree.leaves(down) if jnp.issubdtype(x.dtype, jnp.floating)])
+    step = jax.tree.map(lambda x: jnp.where(finite, x, 0), step)
+    return step, ServerState(
+        *kept,
+        finite=finite,
+        rule=method.rule.end(shared, round),
+        threshold=threshold,
+        round=_next(server.round),
+    )
 
-    Args:
-      compressor: C, of the workers.
-      downlink: C', of the way down.
-      like: shapes and dtypes of what the messages decode to.
-      memory: the last messages, leading axis M, or () where all upload always; and the residual
-        and the compressor's memory of the way down.
-      fresh: this round's messages, leading axis M.
-      uploaded: which of them count; None for all. ``# shape=(M,), dtype=bool``
 
-    Returns:
-      The new memory, and the message that every worker decodes to the step.
-
-    Guarantees:
-      - Conservation: decoded message + new residual = step + old residual, bit for bit.
-    """
-    messages, residual, down_memory = memory
-    if uploaded is not None:
-        fresh = messages = replace_messages(messages, fresh, uploaded)
-    num_workers = jax.tree.leaves(fresh)[0].shape[0]
-    total = compressor.decompress_sum(fresh, like)
-    step = jax.tree.map(lambda x: x / num_workers, total)
-    down, residual, down_memory = compress_with_feedback(downlink, step, residual, down_memory)
-    return (messages, residual, down_memory), down
+def _next(round: jax.Array) -> jax.Array:
+    return jnp.where(round < jnp.iinfo(round.dtype).max, round + 1, round)

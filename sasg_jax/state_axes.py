@@ -3,14 +3,15 @@
 Under a map over workers every part of an optimiser state that differs between workers needs an axis
 over them. These helpers find those parts in any optax state that contains ours:
 
-- ours are the residual, stale parameters and counters of :class:`sasg_jax.WorkerState`; the
-  server's state is the same everywhere, but for what the ``"sharded"`` exchange keeps of a shard;
-- in ``optax.chain``, what stands before ours sees each worker's own gradients and belongs to the
-  worker; what stands after ours sees the same updates everywhere;
-- ``optax.MultiSteps`` accumulates each worker's own gradients;
+- ours are the residual and whatever else is in :class:`sasg_jax.WorkerState`; the server's state is
+  the same everywhere, but for what the ``"sharded"`` exchange keeps of a shard;
+- in ``sasg_jax.pipeline``, ``optax.chain`` and ``optax.named_chain``, what stands before ours sees
+  each worker's own gradients and belongs to the worker; what stands after ours sees the same
+  updates everywhere;
 - ``optax.masked`` and ``optax.inject_hyperparams`` add nothing that differs.
 """
 
+import collections
 from typing import Any
 
 import jax
@@ -19,11 +20,14 @@ import optax
 from jax.sharding import PartitionSpec
 
 from sasg_jax._checks import check_int
-from sasg_jax.server import ServerState
-from sasg_jax.transform import AggregateState, find_state
-from sasg_jax.worker import WorkerState
+from sasg_jax.states import AggregateState, PipelineState, ServerState, WorkerState, find_state
 
 PyTree = Any
+
+MULTI_STEPS = (
+    "Expected a transformation without optax.MultiSteps around it, which would exchange at every "
+    "small step. Accumulate before: make_train_step(sasg_jax.gradient(loss_fn, accumulate=k), tx)."
+)
 
 
 def per_worker(opt_state: PyTree) -> PyTree:
@@ -34,12 +38,13 @@ def per_worker(opt_state: PyTree) -> PyTree:
 
     Raises:
       ValueError: the state does not contain exactly one state of ours, or it contains what cannot
-        run under a map over workers (``optax.MultiSteps`` with ``should_skip_update_fn``).
+        run under a map over workers: ``optax.MultiSteps``, ``optax.apply_if_finite``, and
+        ``optax.partition`` with arrays for leaves that are not ours.
 
     >>> import jax.numpy as jnp, optax, sasg_jax
     >>> tx = optax.chain(sasg_jax.aggregate(num_workers=2), optax.trace(0.9))
     >>> ours, momentum = per_worker(tx.init(jnp.zeros(3)))
-    >>> ours.worker.residual, ours.server.round, momentum.trace
+    >>> ours.worker.feedback.residual, ours.server.round, momentum.trace
     (True, False, False)
     """
     find_state(opt_state)
@@ -75,34 +80,74 @@ def stack_workers(opt_state: PyTree, num_workers: int) -> PyTree:
     return jax.tree.map(stack, per_worker(opt_state), opt_state)
 
 
+def keep_own(opt_state: PyTree, old: PyTree, used: jax.Array) -> PyTree:
+    """Takes back what a round did to a worker's own parts around ours, unless ``used``.
+
+    Args:
+      opt_state: one worker's state after the round.
+      old: its state before.
+      used: whether the worker's direction counted. ``# shape=(), dtype=bool``
+    """
+    is_ours = lambda node: isinstance(node, AggregateState)
+    own = per_worker(opt_state)
+
+    def choose(is_own, new, before):
+        return new if not is_own or is_ours(new) else jnp.where(used, new, before)
+
+    marks = jax.tree.map(lambda node: False if is_ours(node) else node, own, is_leaf=is_ours)
+    return jax.tree.map(choose, marks, opt_state, old)
+
+
 def _mark(node: PyTree) -> PyTree:
     if isinstance(node, WorkerState):
         return _fill(node, True)
-    if isinstance(node, AggregateState) and node.wire.exchange == "sharded":
+    if isinstance(node, AggregateState) and node.wire.exchange_object.sharded:
         return _mark_children(node)._replace(server=_mark_shards(node.server))
     if isinstance(node, ServerState) or not _contains_ours(node):
         return _fill(node, False)
-    if isinstance(node, optax.MultiStepsState):
-        if jax.tree.leaves(node.skip_state):
-            raise ValueError(
-                "Expected optax.MultiSteps without should_skip_update_fn: workers would skip "
-                "different steps and wait for each other for ever. A gradient that is not finite "
-                "is refused by sasg_jax itself."
-            )
-        marked = _mark_children(node)
-        return marked._replace(acc_grads=_fill(node.acc_grads, True))
+    if isinstance(node, PipelineState):
+        return _mark_children(node)._replace(before=_fill(node.before, True))
+    _refuse(node)
     if type(node) is tuple:  # optax.chain
-        ours = next(i for i, child in enumerate(node) if _contains_ours(child))
-        before = tuple(_fill(child, True) for child in node[:ours])
-        return before + tuple(_mark(child) for child in node[ours:])
+        return tuple(_mark_chain(node))
+    if type(node) is collections.OrderedDict:  # optax.named_chain
+        marked = _mark_chain(list(node.values()))
+        return collections.OrderedDict(zip(node, marked, strict=True))
     return _mark_children(node)
+
+
+def _refuse(node: PyTree) -> None:
+    """Raises ValueError for what cannot stand around ours."""
+    if isinstance(node, optax.MultiStepsState):
+        raise ValueError(MULTI_STEPS)
+    if isinstance(node, optax.ApplyIfFiniteState):
+        raise ValueError(
+            "Expected a transformation without optax.apply_if_finite around it: workers would skip "
+            "different steps and wait for each other for ever. A gradient that is not finite is "
+            "refused by sasg_jax itself."
+        )
+    if isinstance(node, optax.transforms.PartitionState):
+        for label, inner in node.inner_states.items():
+            if not _contains_ours(inner) and jax.tree.leaves(inner):
+                raise ValueError(
+                    f"Expected optax.partition to have no optimiser beside sasg_jax, got one for "
+                    f"label {label!r}: each worker would step there with its own gradient. Put the "
+                    "partition after: sasg_jax.pipeline(sasg_jax.aggregate(...), "
+                    "optax.partition(...))."
+                )
+
+
+def _mark_chain(nodes: Any) -> list[PyTree]:
+    ours = next(i for i, child in enumerate(nodes) if _contains_ours(child))
+    before = [_fill(child, True) for child in nodes[:ours]]
+    return before + [_mark(child) for child in nodes[ours:]]
 
 
 def _mark_shards(server: ServerState) -> PyTree:
     """Each worker is the server of one shard, and only it has what is kept of that shard."""
     return _fill(server, False)._replace(
-        messages=_fill(server.messages, True),
-        downlink_residual=_fill(server.downlink_residual, True),
+        memory=_fill(server.memory, True),
+        downlink_feedback=_fill(server.downlink_feedback, True),
         downlink_memory=_fill(server.downlink_memory, True),
     )
 

@@ -1,42 +1,32 @@
-"""A ready training step: one per-worker function under vmap, pmap or shard_map."""
+"""A ready training step: one worker's round, under the driver that is asked for."""
 
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sasg_jax import chunks
-from sasg_jax._checks import check_axis_name, check_choice, check_int, expected
-from sasg_jax.state_axes import per_worker, stack_workers
-from sasg_jax.transform import WorkerHalf, diagnostics, find_state
+from sasg_jax import drivers
+from sasg_jax._checks import (
+    as_params,
+    check_axis_name,
+    check_bool,
+    check_choice,
+    check_int,
+    check_not_empty,
+    expected,
+)
+from sasg_jax.directions import Direction, as_direction
+from sasg_jax.state_axes import MULTI_STEPS, stack_workers
+from sasg_jax.train_state import TrainState, worker_round
 
 PyTree = Any
 Device = Any  # jax.Device
-
-
-class TrainState(NamedTuple):
-    """Everything that a run carries from round to round."""
-
-    params: PyTree  # the same on all workers
-    opt_state: PyTree  # optax state; a worker's own parts have a leading axis M
-    model_state: PyTree  # e.g. BatchNorm statistics, leading axis M; () if there is none
-    keys: PyTree  # a PRNG key for each worker, shape=(M,); () if there are none
-
-
-class RoundInfo(NamedTuple):
-    """What one round reports. M is the number of workers."""
-
-    loss: jax.Array  # each worker's own, before the step. shape=(M,)
-    uploaded: jax.Array  # shape=(M,), dtype=jnp.bool_
-    finite: jax.Array  # whether the gradient was. shape=(M,), dtype=jnp.bool_
-    staleness: jax.Array  # after the round, 1 = just uploaded. shape=(M,), dtype=jnp.int32
-    innovation: jax.Array  # ‖g - g'‖², 0 in a forced round. shape=(M,), dtype=jnp.float32
-    threshold: jax.Array  # right-hand side of (6). shape=(), dtype=jnp.float32
-    aux: PyTree  # of loss_fn, leading axis M; () if there is none
 
 
 class TrainStep(NamedTuple):
@@ -44,15 +34,17 @@ class TrainStep(NamedTuple):
 
     init: Callable[..., TrainState]
     """``state = init(params, model_state=(), key=None)``; ``model_state`` is one worker's."""
-    step: Callable[[TrainState, PyTree], tuple[TrainState, RoundInfo]]
-    """``state, info = step(state, batch)``, jitted. The old state is donated: do not use it again.
+    step: Any
+    """``state, info = step(state, batch, present=None)``, jitted. The old state is donated: do not
+    use it again.
 
-    Every leaf of ``batch`` has a leading axis of M."""
+    Every leaf of ``batch`` has a leading axis of M, and then one of the direction's steps where it
+    has several. ``present`` says who takes part (shape (M,), dtype bool); None is everybody."""
 
 
 def make_train_step(
-    loss_fn: Callable[..., Any],
-    tx: optax.GradientTransformation | optax.MultiSteps,
+    loss_fn: Callable[..., Any] | Direction,
+    tx: optax.GradientTransformation,
     *,
     num_workers: int,
     driver: str = "vmap",
@@ -63,29 +55,29 @@ def make_train_step(
     axis_name: str = "workers",
     chunk_size: int | None = None,
     donate: bool = True,
+    pass_value: bool = False,
 ) -> TrainStep:
     """Makes the jitted step of a whole training run, simulated or on several devices.
 
     Args:
-      loss_fn: one worker's loss, ``loss_fn(params, batch)``. With ``has_model_state`` it also gets
-        ``model_state=``, and with ``has_key`` a fresh ``key=``, the same for the gradient at the
-        current and at the stale parameters. It returns ``loss``, or ``(loss, aux)`` with
-        ``has_aux``, ``(loss, new_model_state)`` with ``has_model_state``, and ``(loss,
-        (new_model_state, aux))`` with both. It must not use collectives over ``axis_name``.
+      loss_fn: one worker's loss, ``loss_fn(params, batch)``, as for :func:`sasg_jax.gradient`; or
+        what :func:`sasg_jax.gradient` or :func:`sasg_jax.local_steps` has made of it. It must not
+        use collectives over ``axis_name`` where workers may be silent.
       tx: an optax optimiser that contains one transformation of ours.
       num_workers: M.
-      driver: ``"vmap"`` simulates all workers on one device; ``"pmap"`` and ``"shard_map"`` run
-        each on a device of its own.
-      has_aux: whether ``loss_fn`` returns auxiliary values.
-      has_model_state: whether the model has state, e.g. BatchNorm statistics. Every worker keeps
-        its own; the pass at the stale parameters never writes it. See :func:`mean_model_state`.
+      driver: ``"vmap"`` simulates all workers on one device; ``"shard_map"`` and ``"pmap"`` run
+        each on a device of its own, the former also over several processes.
+      has_aux: as for :func:`sasg_jax.gradient`, where ``loss_fn`` is a function. So are:
+      has_model_state: every worker keeps its own; a round in which its direction counts for nothing
+        and the pass at stale parameters never write it. See :func:`mean_model_state`.
       has_key: whether ``loss_fn`` needs random numbers.
       devices: the M devices of ``"pmap"`` and ``"shard_map"``; the first M by default.
       axis_name: the axis that ``tx`` was built with.
-      chunk_size: how many of the simulated workers compute at a time; it divides M. Only their
-        gradients are then in memory. None is all at once. See also ``share_stale_params`` of
-        :func:`sasg_jax.sasg`.
+      chunk_size: how many of the simulated workers compute at a time. Only their gradients are then
+        in memory. None is all at once. See also ``share_stale_params`` of :func:`sasg_jax.sasg`.
       donate: whether ``step`` may reuse the memory of the state it is given.
+      pass_value: whether ``tx`` needs ``value=``, the loss: it gets the mean over workers, a sum of
+        4 bytes that the ledger does not count.
 
     Raises:
       ValueError: an argument is out of its range, or there are too few devices. When the step is
@@ -95,265 +87,222 @@ def make_train_step(
     check_int("num_workers", num_workers, minimum=1)
     check_choice("driver", driver, ("vmap", "pmap", "shard_map"))
     check_axis_name(axis_name)
-    if isinstance(tx, optax.MultiSteps):  # its own gradient_transformation() would drop grad_fn
-        init_fn, update_fn = tx.init, cast(Any, tx.update)
-        tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    check_bool("donate", donate)
+    check_bool("pass_value", pass_value)
+    direction = as_direction(
+        loss_fn, has_aux=has_aux, has_model_state=has_model_state, has_key=has_key
+    )
+    if isinstance(tx, optax.MultiSteps):
+        raise ValueError(MULTI_STEPS)
     tx = optax.with_extra_args_support(tx)
     devices = _check_devices(driver, devices, num_workers)
     if chunk_size is not None:
         chunk_size = check_int("chunk_size", chunk_size, minimum=1)
         if driver != "vmap":
             raise expected("chunk_size", chunk_size, f"to be None for driver={driver!r}")
+        drivers.check_chunks(tx, chunk_size)
 
-    def loss_parts(params, model_state, key, batch):
-        extra = {"model_state": model_state} if has_model_state else {}
-        extra |= {"key": key} if has_key else {}
-        out = loss_fn(params, batch, **extra)
-        new_model_state = aux = ()
-        if has_model_state and has_aux:
-            loss, (new_model_state, aux) = out
-        elif has_model_state:
-            loss, new_model_state = out
-        elif has_aux:
-            loss, aux = out
-        else:
-            loss = out
-        return loss, (new_model_state, aux)
-
-    value_and_grad = jax.value_and_grad(loss_parts, has_aux=True)
-
-    def worker_step(state: TrainState, batch: PyTree) -> tuple[TrainState, RoundInfo]:
-        """One worker's view of a round."""
-        params, opt_state, model_state, key = state
-        key, round_key = jax.random.split(key) if has_key else ((), ())
-        (loss, (new_model_state, aux)), grads = value_and_grad(
-            params, model_state, round_key, batch
-        )
-
-        def grad_fn(stale_params):
-            stale_params = _fill_masked(stale_params, params)
-            return value_and_grad(stale_params, model_state, round_key, batch)[1]
-
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
-        state = TrainState(optax.apply_updates(params, updates), opt_state, new_model_state, key)
-        return state, RoundInfo(loss, *diagnostics(opt_state), aux)
-
-    def simulated(state: TrainState, batch: PyTree) -> tuple[TrainState, RoundInfo]:
-        axes = _choose(_owners(state), 0, None)
-        over_workers = jax.vmap(
-            worker_step,
-            in_axes=(axes, 0),
-            out_axes=(axes, _choose(_INFO_OWNERS, 0, None)),
-            axis_name=axis_name,
-            axis_size=num_workers,
-        )
+    def one_worker(state, batch, present):
         try:
-            return over_workers(state, batch)
-        except ValueError as error:
-            if "out_axes" not in str(error):
-                raise
-            raise ValueError(
-                "Expected params and everything in the optimiser state after the sasg_jax "
-                "transformation to be the same on all workers, but a part depends on the worker. "
-                "In optax.chain, put what sees a worker's own gradients before the sasg_jax "
-                "transformation."
-            ) from error
+            return worker_round(
+                direction, tx, state, batch, present, axis_name=axis_name, pass_value=pass_value
+            )
+        except TypeError as error:
+            if not pass_value:
+                error.add_note("If the optimiser needs value=..., say pass_value=True.")
+            raise
 
-    def simulated_in_chunks(state: TrainState, batch: PyTree) -> tuple[TrainState, RoundInfo]:
-        assert chunk_size is not None
-        owners = _owners(state)
-        own = _keep_own(owners, state)
-        to_one = TrainState(*_map_own(lambda x: x[0], owners, state))
-
-        def worker_half(own, batch):
-            def one_worker(own, batch):
-                state = TrainState(*_fill_own(owners, own, to_one))
-                state = state._replace(opt_state=chunks.link(state.opt_state, WorkerHalf()))
-                state, info = worker_step(state, batch)
-                message = find_state(state.opt_state).link.message
-                state = state._replace(opt_state=chunks.link(state.opt_state, ()))
-                return _keep_own(owners, state), info._replace(threshold=()), message
-
-            return jax.vmap(one_worker, axis_name=axis_name)(own, batch)
-
-        made = chunks.make_round(
-            tx, worker_half, own, batch, state.params, to_one.opt_state, chunk_size=chunk_size
+    def simulated(state, batch, present):
+        return drivers.simulate(
+            one_worker, state, batch, present, num_workers=num_workers, axis_name=axis_name
         )
-        shared = TrainState(made.params, made.opt_state, state.model_state, state.keys)
-        threshold = find_state(made.opt_state).server.threshold
-        return _fill_own(owners, made.own, shared), made.infos._replace(threshold=threshold)
 
-    def check(state: TrainState, batch: PyTree) -> None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-            if jnp.shape(leaf)[:1] != (num_workers,):
-                raise ValueError(
-                    f"Expected batch{jax.tree_util.keystr(path)} to have a leading axis of "
-                    f"num_workers={num_workers}, got shape {jnp.shape(leaf)}."
-                )
-        if driver != "vmap" or chunk_size is not None:
-            # vmap refuses to return as shared what depends on the worker. The others would return
-            # one worker's, and replicas would drift apart.
-            jax.eval_shape(simulated, state, batch)
+    def check(state, batch, present):
+        _check_batch(batch, num_workers, direction.steps)
+        if driver != "vmap":
+            # The simulation refuses to return as shared what depends on the worker. On devices it
+            # would be one worker's, and replicas would drift apart.
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)),
+                (state, batch, present),
+            )
+            jax.eval_shape(simulated, *shapes)
+
+    mesh = drivers.mesh_of(devices, axis_name) if driver != "vmap" else None
 
     def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
-        if has_key != (key is not None):
-            raise expected("key", key, f"to be {'a PRNG key' if has_key else 'None'} here")
-        if has_model_state != bool(jax.tree.leaves(model_state)):
-            raise ValueError(
-                f"Expected model_state to {'hold arrays' if has_model_state else 'be empty'}, as "
-                f"has_model_state={has_model_state}."
-            )
-
-        def stack(x):
-            return jnp.broadcast_to(x, (num_workers, *jnp.shape(x)))
+        _check_init(direction, params, model_state, key)
+        params = as_params(params)
 
         def make(params, model_state, key):
             return TrainState(
-                params=jax.tree.map(jnp.array, params),  # copies: the step donates its state
+                params=params,
                 opt_state=stack_workers(tx.init(params), num_workers),
-                model_state=jax.tree.map(stack, model_state) if has_model_state else (),
+                model_state=jax.tree.map(_for_each_worker(num_workers), model_state),
                 keys=() if key is None else jax.random.split(key, num_workers),
+                direction=jax.tree.map(
+                    lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))),
+                    direction.init(params),
+                ),
             )
 
-        if driver == "vmap":
-            return make(params, model_state, key)
+        if mesh is None:
+            # Arrays of its own, each its own: the step donates them.
+            given = _on_one_device((params, model_state, key))
+            return jax.tree.map(jnp.copy, make(*given))
+        if jax.process_count() > 1:
+            _check_same_everywhere((params, model_state, key))
         # Every part where the step leaves it, so that the step is compiled once; each process
         # makes those of its own devices.
-        shapes = jax.eval_shape(make, params, model_state, key)
-        shardings = _shardings(shapes, _mesh(devices, axis_name))
-        return jax.jit(make, out_shardings=shardings)(params, model_state, key)
+        given = _to_host((params, model_state, key))
+        shapes = jax.eval_shape(make, *given)
+        make_there = jax.jit(
+            lambda *given: jax.tree.map(jnp.copy, make(*given)),
+            out_shardings=drivers.shardings(shapes, mesh),
+        )
+        return make_there(*given)
 
-    donated = (0,) if donate else ()
+    if driver == "pmap":
+        return TrainStep(init, _pmapped(one_worker, check, devices, axis_name, donate))
 
-    if driver == "vmap":
+    def step(state, batch, present=None):
+        check(state, batch, present)
+        if mesh is not None:
+            return drivers.on_mesh(one_worker, state, batch, present, mesh=mesh)
+        if chunk_size is None:
+            return simulated(state, batch, present)
+        return drivers.simulate_in_chunks(
+            direction,
+            tx,
+            state,
+            batch,
+            present,
+            num_workers=num_workers,
+            chunk_size=chunk_size,
+            axis_name=axis_name,
+            pass_value=pass_value,
+        )
 
-        def vmapped_step(state, batch):
-            check(state, batch)
-            if chunk_size is None:
-                return simulated(state, batch)
-            chunks.check_chunks(state.opt_state, num_workers, chunk_size)
-            return simulated_in_chunks(state, batch)
+    jitted = jax.jit(step, donate_argnums=(0,) if donate else ())
+    return TrainStep(init, jitted if mesh is None else _Placed(jitted, mesh))
 
-        return TrainStep(init, jax.jit(vmapped_step, donate_argnums=donated))
 
-    if driver == "shard_map":
+class _Placed:
+    """A jitted step that takes batches that lie on one device, too."""
 
-        def sharded_step(state, batch):
-            check(state, batch)
-            owners = _owners(state)
+    def __init__(self, jitted: Any, mesh: Mesh):
+        self._jitted, self._mesh = jitted, mesh
 
-            def on_one_device(state, batch):
-                # shard_map hands each worker a block with a leading axis of 1.
-                state = _map_own(lambda x: x[0], owners, state)
-                state, info = worker_step(state, jax.tree.map(lambda x: x[0], batch))
-                expand = lambda x: x[None]
-                return _map_own(expand, owners, state), _map_own(expand, _INFO_OWNERS, info)
+    def __call__(self, state: TrainState, batch: PyTree, present: Any = None) -> Any:
+        return self._jitted(state, jax.tree.map(self._place, batch), present)
 
-            split, shared = PartitionSpec(axis_name), PartitionSpec()
-            specs = _choose(owners, split, shared)
-            return jax.shard_map(
-                on_one_device,
-                mesh=_mesh(devices, axis_name),
-                in_specs=(specs, split),
-                out_specs=(specs, _choose(_INFO_OWNERS, split, shared)),
-                check_vma=False,
-            )(state, batch)
+    def lower(self, state: TrainState, batch: PyTree, present: Any = None) -> Any:
+        return self._jitted.lower(state, jax.tree.map(self._place, batch), present)
 
-        return TrainStep(init, jax.jit(sharded_step, donate_argnums=donated))
+    def _place(self, x: Any) -> Any:
+        is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        if not is_array or not x.committed or x.sharding.device_set == set(self._mesh.devices.flat):
+            return x
+        return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(*self._mesh.axis_names)))
 
+
+def _pmapped(one_worker, check, devices, axis_name, donate):
     mapped: dict[Any, Callable[..., Any]] = {}  # by the structure of what it is called with
 
-    def pmapped_step(state, batch):
-        check_key = jax.tree.structure((state, batch)), _shapes((state, batch))
-        if check_key not in mapped:
-            check(state, batch)
-            axes = _choose(_owners(state), 0, None)
-            mapped[check_key] = jax.pmap(
-                worker_step,
-                axis_name=axis_name,
-                in_axes=(axes, 0),
-                out_axes=(axes, _choose(_INFO_OWNERS, 0, None)),
-                donate_argnums=donated,
-                devices=devices,
+    def step(state, batch, present=None):
+        arguments = state, batch, present
+        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(arguments))
+        known = jax.tree.structure(arguments), shapes
+        if known not in mapped:
+            check(*arguments)
+            mapped[known] = drivers.on_devices(
+                one_worker, state, devices=devices, axis_name=axis_name, donate=donate
             )
-        return mapped[check_key](state, batch)
+        return mapped[known](*arguments)
 
-    return TrainStep(init, pmapped_step)
-
-
-def mean_model_state(model_state: PyTree) -> PyTree:
-    """The mean over workers of their model states, for evaluation and checkpoints.
-
-    Integer leaves, e.g. counters, are taken from worker 0. The bytes that this moves between
-    workers are counted by :meth:`sasg_jax.Ledger.record_model_state`.
-    """
-
-    def mean(x):
-        return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
-
-    return jax.tree.map(mean, model_state)
+    return step
 
 
-# Which parts of a round's report belong to one worker: all but the threshold.
-_INFO_OWNERS: PyTree = RoundInfo(
-    **{name: name != "threshold" for name in RoundInfo._fields}  # pyright: ignore
-)
+def _for_each_worker(num_workers: int) -> Callable[[Any], jax.Array]:
+    """Each worker's own copy; of a key, a key of its own."""
+
+    def copy(x):
+        x = jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            fold = lambda worker: jax.vmap(lambda key: jax.random.fold_in(key, worker))(x.ravel())
+            return jax.vmap(fold)(jnp.arange(num_workers)).reshape(num_workers, *x.shape)
+        return jnp.broadcast_to(x, (num_workers, *x.shape))
+
+    return copy
 
 
-def _owners(state: TrainState) -> PyTree:
-    """Whether each part of the state belongs to one worker; a prefix of the state."""
-    opt_state = per_worker(state.opt_state)
-    return TrainState(params=False, opt_state=opt_state, model_state=True, keys=True)
+def _check_init(direction: Direction, params: PyTree, model_state: PyTree, key: Any) -> None:
+    check_not_empty(params)
+    if direction.has_key != (key is not None):
+        raise expected("key", key, f"to be {'a PRNG key' if direction.has_key else 'None'} here")
+    if direction.has_model_state != bool(jax.tree.leaves(model_state)):
+        raise ValueError(
+            f"Expected model_state to {'hold arrays' if direction.has_model_state else 'be empty'}"
+            f", as has_model_state={direction.has_model_state}."
+        )
 
 
-def _choose(owners: PyTree, own: Any, shared: Any) -> PyTree:
-    return jax.tree.map(lambda is_own: own if is_own else shared, owners)
+def _check_batch(batch: PyTree, num_workers: int, steps: int | None) -> None:
+    leading = (num_workers,) if steps is None else (num_workers, steps)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if jnp.shape(leaf)[: len(leading)] != leading:
+            rest = "" if steps is None else f", and then one of steps={steps}"
+            raise ValueError(
+                f"Expected batch{jax.tree_util.keystr(path)} to have a leading axis of "
+                f"num_workers={num_workers}{rest}, got shape {jnp.shape(leaf)}."
+            )
 
 
-def _map_own(fn: Callable[[jax.Array], jax.Array], owners: PyTree, tree: PyTree) -> PyTree:
-    """Applies ``fn`` to the arrays that belong to one worker."""
-    return jax.tree.map(
-        lambda is_own, part: jax.tree.map(fn, part) if is_own else part, owners, tree
-    )
+def _on_one_device(tree: PyTree) -> PyTree:
+    """Takes arrays that lie on several devices, e.g. over an explicit mesh, to the first."""
+
+    def move(x):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            several = len(x.sharding.device_set) > 1 or isinstance(x.sharding, NamedSharding)
+            if several:
+                first = min(x.sharding.addressable_devices, key=lambda device: device.id)
+                return jax.device_put(x, SingleDeviceSharding(first))
+        return x
+
+    return jax.tree.map(move, tree)
 
 
-def _keep_own(owners: PyTree, tree: PyTree) -> PyTree:
-    """The parts that belong to one worker, and ``()`` in place of the others."""
-    return jax.tree.map(lambda is_own, part: part if is_own else (), owners, tree)
+def _to_host(tree: PyTree) -> PyTree:
+    """Arrays that a computation on any devices takes: those of one device would tie it there."""
+
+    def move(x):
+        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or not x.committed:
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return np.asarray(x) if x.is_fully_addressable else x
+
+    return jax.tree.map(move, tree)
 
 
-def _fill_own(owners: PyTree, own: PyTree, tree: PyTree) -> PyTree:
-    """Puts the parts that belong to one worker into a tree."""
-    return jax.tree.map(lambda is_own, mine, part: mine if is_own else part, owners, own, tree)
-
-
-def _fill_masked(tree: PyTree, params: PyTree) -> PyTree:
-    """Puts the current parameters where ``optax.masked`` has hidden them from the stale ones."""
-    return jax.tree.map(
-        lambda x, p: p if isinstance(x, optax.MaskedNode) else x,
-        tree,
-        params,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
-
-
-def _shapes(tree: PyTree) -> tuple[Any, ...]:
-    return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _mesh(devices: Sequence[Device], axis_name: str) -> Mesh:
-    return Mesh(np.asarray(devices), (axis_name,))
-
-
-def _shardings(state: TrainState, mesh: Mesh) -> PyTree:
-    (axis_name,) = mesh.axis_names
-    split = NamedSharding(mesh, PartitionSpec(axis_name))
-    shared = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda is_own, part: jax.tree.map(lambda _: split if is_own else shared, part),
-        _owners(state),
-        state,
-    )
+def _check_same_everywhere(tree: PyTree) -> None:
+    """Raises ValueError, in every process, where processes start from different values."""
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            digest.update(np.asarray(x).tobytes())
+    mine = np.frombuffer(digest.digest(), np.int32)
+    everywhere = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, mine.size)
+    others = [i for i, row in enumerate(everywhere) if not np.array_equal(row, everywhere[0])]
+    if others:
+        raise ValueError(
+            "Expected params, model_state and key to be the same in all processes, but those of "
+            f"process {', '.join(map(str, others))} differ from those of process 0. Initialise "
+            "them from the same seed."
+        )
 
 
 def _check_devices(
@@ -363,6 +312,8 @@ def _check_devices(
         if devices is not None:
             raise expected("devices", devices, "to be None for driver='vmap'")
         return ()
+    if driver == "pmap" and jax.process_count() > 1:
+        raise expected("driver", driver, "to be 'shard_map' where there are several processes")
     given = jax.devices()[:num_workers] if devices is None else list(devices)
     if len(given) != num_workers:
         raise ValueError(

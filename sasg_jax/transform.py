@@ -1,391 +1,374 @@
-"""Worker, exchange and server put together as an optax gradient transformation.
+"""Methods as optax gradient transformations.
 
-    worker (compressor, upload rule)  →  exchange  →  server (memory, way down)
+    worker half  →  exchange  →  server half
 
-:func:`aggregate` stands before any optax optimiser; :mod:`sasg_jax.algorithms` adds the learning
-rate inside the compressor, as the paper has it.
+:func:`aggregate` stands before any optax optimiser, :func:`compressed_sgd` is a complete one with
+the learning rate inside the compressor, and :func:`pipeline` puts what stands before and after
+around either. :mod:`sasg_jax.algorithms` has the named methods.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from sasg_jax import exchange as exchange_lib
-from sasg_jax import server as server_lib
-from sasg_jax import upload_rules
-from sasg_jax._checks import (
-    check_axis_name,
-    check_choice,
-    check_int,
-    check_like,
-    check_mapped_axis,
-    check_params,
-    expected,
-)
-from sasg_jax.compressors import Compressor, compress_with_feedback, identity, top_k
-from sasg_jax.recent_params import read_recent, write_recent
-from sasg_jax.server import ServerState
-from sasg_jax.shards import one_shard, per_shard
-from sasg_jax.upload_rules import UploadRule
-from sasg_jax.worker import WorkerState, init_worker, squared_distance, squared_norm, worker_round
+from sasg_jax._checks import as_params, check_learning_rate, check_like, check_mapped_axis
+from sasg_jax.coders import Coder
+from sasg_jax.compressors import Compressor
+from sasg_jax.control_flow import refuse_collectives
+from sasg_jax.exchanges import Exchange
+from sasg_jax.feedback import Feedback
+from sasg_jax.method import Method, make_method
+from sasg_jax.rules import Rule
+from sasg_jax.server import finish, init_server, serve, served
+from sasg_jax.states import AggregateState, PipelineState, register_with_flax
+from sasg_jax.worker import Post, init_worker, worker_half, worker_half_with_mean
 
 PyTree = Any
+GradFn = Callable[[PyTree], PyTree]
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class WireSizes:
-    """What crosses between workers and server in a round, known before the first one.
+class Transformation(optax.GradientTransformationExtraArgs):
+    """A gradient transformation whose two halves can be run apart, e.g. in chunks of workers.
 
-    Static: it holds Python integers and no arrays, and travels in the state so that a ledger can
-    be made from any optimiser state.
+    Made by :func:`aggregate`, :func:`compressed_sgd` and :func:`pipeline`.
     """
 
-    num_workers: int
-    upload_bytes: int
-    """One worker's message: values and indices."""
-    upload_paper_bits: int
-    """32 bits for every value of that message and nothing else, as in the paper's Table II."""
-    flag_bytes: int
-    """What one worker sends in every round to say whether it uploads."""
-    downlink_bytes: int
-    """What the server sends one worker in every round; 0 where it forwards uploads."""
-    exchange: str
-    """How messages travel, one of :data:`sasg_jax.exchange.EXCHANGES`."""
+    method: Method
+    worker_part: Callable[..., tuple[Any, Post]]
+    """``state, post = worker_part(grads, state, params, index, present, grad_fn)``: a worker's
+    state after its half of the round."""
+    server_part: Callable[..., tuple[PyTree, Any]]
+    """``updates, state = server_part(state, kept, down, params, extra_args)``: what every worker
+    makes of what the server sends."""
+
+    find_ours: Callable[[Any], AggregateState]
+    """``ours = find_ours(state)``"""
 
 
-class AggregateState(NamedTuple):
-    """State of :func:`aggregate` and of the complete optimisers."""
+class Arrived(Exception):
+    """Carries what has come through the transformations before ours to :func:`before_ours`."""
 
-    worker: WorkerState
-    server: ServerState
-    wire: WireSizes
-    link: PyTree = ()  # between the halves of a round made in chunks, see sasg_jax.chunks; else ()
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class WorkerHalf:
-    """As a state's ``link``: make the worker's half of the round and leave a :class:`Posted`."""
+    def __init__(self, updates: PyTree):
+        super().__init__()
+        self.updates = updates
 
 
-class Posted(NamedTuple):
-    """What a worker's half of a round leaves behind."""
+def before_ours(
+    tx: optax.GradientTransformationExtraArgs, grads: PyTree, opt_state: PyTree, params: PyTree
+) -> PyTree:
+    """What ``grads`` become on their way to our transformation inside ``tx``.
 
-    message: PyTree
-
-
-class ServerHalf(NamedTuple):
-    """As a state's ``link``: make the server's half of the round, of these messages."""
-
-    rows: PyTree  # leading axis M; with the exchange "psum" their sum
-    uploaded: jax.Array | None  # None where all always upload. shape=(M,), dtype=jnp.bool_
-
-
-class Diagnostics(NamedTuple):
-    """What happened in the last round.
-
-    The shapes are those that one worker sees; in a state with stacked workers the fields marked
-    "per worker" have a leading axis M.
+    So that the gradient with which a worker compares its own has gone through the same. Nothing
+    that stands after ours is run, and no state is changed.
     """
-
-    uploaded: jax.Array  # per worker. dtype=jnp.bool_
-    finite: jax.Array  # whether the gradient was; per worker. dtype=jnp.bool_
-    staleness: jax.Array  # after the round, 1 = just uploaded; per worker. dtype=jnp.int32
-    innovation: jax.Array  # ‖g - g'‖², 0 in a forced round; per worker. dtype=jnp.float32
-    threshold: jax.Array  # right-hand side of (6). shape=(), dtype=jnp.float32
+    try:
+        tx.update(grads, opt_state, params, _return_at_ours=True)
+    except Arrived as arrived:
+        return arrived.updates
+    raise ValueError("Expected tx to contain a transformation of sasg_jax.")
 
 
 def aggregate(
     compressor: Compressor | None = None,
-    upload_rule: UploadRule | None = None,
+    rule: Rule | None = None,
     *,
     num_workers: int,
+    feedback: Feedback | None = None,
+    silence: str | None = None,
+    coder: Coder | None = None,
     downlink: Compressor | None = None,
-    exchange: str = "gather",
-    share_stale_params: bool = False,
+    downlink_coder: Coder | None = None,
+    exchange: str | Exchange | None = None,
+    key: Any = None,
     axis_name: str = "workers",
-) -> optax.GradientTransformationExtraArgs:
-    """Replaces each worker's gradient by the server's mean of messages, before any optimiser.
+) -> Transformation:
+    """Replaces each worker's gradient by the mean of messages, before any optimiser.
 
     Stands where ``lax.pmean(grads, axis_name)`` stood::
 
-        tx = optax.chain(sasg_jax.aggregate(num_workers=8), optax.adamw(3e-4))
-
-    With an adaptive rule it compares the parameters between rounds, so α must be a number or D
-    numbers: there is no learning rate that it could be a function of.
+        tx = sasg_jax.pipeline(sasg_jax.aggregate(num_workers=8), optax.adamw(3e-4))
 
     Args:
       compressor: what a worker sends; ``top_k(0.01)`` by default.
-      upload_rule: when it sends; :func:`sasg_jax.always` by default.
+      rule: when it sends; :func:`sasg_jax.always` by default.
       num_workers: M, the size of the axis ``axis_name``.
+      feedback: what becomes of what a message leaves out: :func:`sasg_jax.residual` by default, or
+        :func:`sasg_jax.none` for a compressor that is exact or unbiased.
+      silence: what a silent worker counts as: ``"reuse"``, its last message again (the paper's);
+        ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a
+        mean over those that sent. By default what suits the rule: ``"reuse"`` for
+        :func:`sasg_jax.innovation`, ``"keep"`` for :func:`sasg_jax.every`.
+      coder: how a message is written, e.g. :func:`sasg_jax.plain`, the default.
       downlink: compressor of the way down, e.g. ``top_k(0.01)``; None sends it dense.
-      exchange: how messages travel, see :mod:`sasg_jax.exchange`: ``"gather"``, ``"lazy"``,
-        ``"server"``, ``"relay"`` or ``"sharded"``; ``"psum"`` for identity with always.
-      share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
-        in place of a copy of those of its last upload for each worker. For an adaptive rule, with
-        more workers on a device than that. ``stale_grads`` cannot be used then.
+      downlink_coder: how the server's message is written.
+      exchange: how messages travel, one of :data:`sasg_jax.exchanges.EXCHANGES` by name, or an
+        :class:`sasg_jax.Exchange`. None is what suits: ``"server"`` with a ``downlink``; ``"lazy"``
+        where workers may be silent; ``"psum"`` where all always send messages that add up; else
+        ``"gather"``.
+      key: of a compressor that draws at random. Each round and worker folds it anew.
       axis_name: name of the mapped axis over workers.
 
     Returns:
-      A transformation whose ``update(grads, state, params, *, grad_fn=None, stale_grads=None)``
-      runs as one worker under ``jax.vmap``, ``jax.pmap`` or ``jax.shard_map``. An adaptive rule
-      needs ``grad_fn(params)``, which evaluates the gradient on the same batch with the same
-      randomness, or its value at ``state.worker.stale_params`` as ``stale_grads``. The updates are
+      A transformation whose ``update(grads, state, params, *, grad_fn=None, present=None)`` runs as
+      one worker under ``jax.vmap``, ``jax.pmap`` or ``jax.shard_map``. A rule that compares needs
+      ``grad_fn(params)``, which evaluates the gradient on the same batch with the same randomness.
+      ``present`` says who takes part in the round, the same on all workers (shape (M,), dtype
+      bool): a worker that does not is a silent one, and nothing of its own changes. The updates are
       the same on all workers.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is out of its range, or does not go with the others.
     """
-    return make_transform(
-        top_k(0.01) if compressor is None else compressor,
-        upload_rules.always() if upload_rule is None else upload_rule,
-        learning_rate=None,
-        num_workers=num_workers,
-        downlink=downlink,
-        exchange=exchange,
-        share_stale_params=share_stale_params,
-        axis_name=axis_name,
+    return _from_method(
+        make_method(
+            compressor,
+            rule,
+            num_workers=num_workers,
+            feedback=feedback,
+            silence=silence,
+            coder=coder,
+            downlink=downlink,
+            downlink_coder=downlink_coder,
+            exchange=exchange,
+            key=key,
+            axis_name=axis_name,
+        )
     )
 
 
-def make_transform(
-    compressor: Compressor,
-    rule: UploadRule,
+def compressed_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    compressor: Compressor | None = None,
+    rule: Rule | None = None,
     *,
-    learning_rate: optax.ScalarOrSchedule | None,
     num_workers: int,
-    downlink: Compressor | None,
-    exchange: str,
-    share_stale_params: bool,
-    axis_name: str,
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation behind :func:`aggregate` and :mod:`sasg_jax.algorithms`.
+    feedback: Feedback | None = None,
+    silence: str | None = None,
+    coder: Coder | None = None,
+    downlink: Compressor | None = None,
+    downlink_coder: Coder | None = None,
+    exchange: str | Exchange | None = None,
+    key: Any = None,
+    axis_name: str = "workers",
+) -> Transformation:
+    """Distributed SGD with any parts: a complete optimiser, with the learning rate γ inside the
+    compressor.
 
-    With a learning rate γ (checked by the caller) it is a complete optimiser: workers compress
-    γ g + e and the update is the negative step. Without, they compress g + e and the update is the
-    mean itself.
+    Workers compress γ g + e, and the update is the negative mean. So a step keeps the rate of the
+    round that its gradient was made in, however long a residual held it back.
+
+    Args:
+      learning_rate: γ, a number above 0 or an optax schedule of the round.
+      compressor: this and all other arguments are those of :func:`aggregate`.
+
+    >>> import sasg_jax
+    >>> tx = compressed_sgd(0.05, sasg_jax.top_k(0.01), sasg_jax.every(4), num_workers=8)
+    >>> tx.method.exchange.name, tx.method.silence
+    ('lazy', 'keep')
     """
-    num_workers = check_int("num_workers", num_workers, minimum=1)
-    check_choice("exchange", exchange, exchange_lib.EXCHANGES)
-    check_axis_name(axis_name)
-    for name, value, kind in (
-        ("compressor", compressor, Compressor),
-        ("upload_rule", rule, UploadRule),
-        ("downlink", downlink, (Compressor, type(None))),
-    ):
-        if not isinstance(value, kind):
-            raise expected(name, value, f"to be made by sasg_jax.{_MAKERS[name]}")
-    if exchange == "psum" and (rule.adaptive or not compressor.lossless):
-        raise expected("exchange", exchange, "only for identity compression with always uploading")
-    if exchange == "relay" and downlink is not None:
-        raise expected("downlink", downlink, "to be None for exchange='relay', which sends no step")
-    if share_stale_params and not rule.adaptive:
-        raise expected(
-            "share_stale_params", share_stale_params, "to be False where all always upload"
+    return _from_method(
+        make_method(
+            compressor,
+            rule,
+            learning_rate=check_learning_rate(learning_rate),
+            num_workers=num_workers,
+            feedback=feedback,
+            silence=silence,
+            coder=coder,
+            downlink=downlink,
+            downlink_coder=downlink_coder,
+            exchange=exchange,
+            key=key,
+            axis_name=axis_name,
         )
-    keep_params = rule.adaptive and not share_stale_params
-    down = identity() if downlink is None else downlink
-    # With one server the worker compresses for it, and decodes from it, the whole tree.
-    num_shards = num_workers if exchange == "sharded" else 1
-    up_link, down_link = (
-        (compressor, down)
-        if num_shards == 1
-        else (per_shard(compressor, num_shards), per_shard(down, num_shards))
     )
-    complete = learning_rate is not None
-    if not complete and rule.adaptive and callable(rule.alpha):
-        upload_rules.weights(rule, None)  # raises: alpha needs a learning rate
 
-    def init(params: PyTree) -> Any:
-        check_params(params)
-        up_size, down_size = up_link.message_size(params), down_link.message_size(params)
-        return AggregateState(
-            worker=init_worker(up_link, rule, params, keep_params=keep_params),
-            server=server_lib.init_server(
-                compressor,
-                rule,
-                down,
-                params,
-                num_workers=num_workers,
-                num_shards=num_shards,
-                keep_params=rule.adaptive and not complete,
-                share_stale_params=share_stale_params,
-            ),
-            wire=WireSizes(
-                num_workers=num_workers,
-                upload_bytes=up_size.bytes,
-                upload_paper_bits=up_size.paper_bits,
-                flag_bytes=int(rule.adaptive),
-                downlink_bytes=0 if exchange == "relay" else down_size.bytes,
-                exchange=exchange,
-            ),
+
+def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
+    """``optax.chain`` for transformations of which one is ours, with clear ownership.
+
+    What stands before ours sees each worker's own gradient and belongs to the worker: its state is
+    kept as it is in a round in which the worker's gradient counts for nothing. What stands after
+    ours sees the same on all workers. The gradient with which a rule compares goes through what
+    stands before, too::
+
+        tx = sasg_jax.pipeline(
+            optax.clip_by_global_norm(1.0), sasg_jax.aggregate(num_workers=8), optax.adamw(3e-4)
         )
+
+    Raises:
+      ValueError: there is not exactly one of ours.
+    """
+    places = [i for i, tx in enumerate(transformations) if isinstance(tx, Transformation)]
+    if len(places) != 1:
+        raise ValueError(
+            "Expected transformations to contain exactly one of sasg_jax (aggregate, sasg, ...), "
+            f"got {len(places)}."
+        )
+    (place,) = places
+    ours = transformations[place]
+    assert isinstance(ours, Transformation)
+    before = optax.chain(*transformations[:place])
+    after = optax.chain(*transformations[place + 1 :])
+
+    def init(params):
+        return PipelineState(before.init(params), ours.init(params), after.init(params))
+
+    def worker_part(grads, state, params, index, present, grad_fn):
+        passed, new_before = before.update(grads, state.before, params)
+
+        def passed_grad_fn(stale_params):
+            return before.update(grad_fn(stale_params), state.before, stale_params)[0]
+
+        passed_fn = None if grad_fn is None else passed_grad_fn
+        worker, post = ours.worker_part(passed, state.aggregate, params, index, present, passed_fn)
+        keep = lambda new, old: jnp.where(worker.worker.used, new, old)
+        new_before = jax.tree.map(keep, new_before, state.before)
+        return PipelineState(new_before, worker, state.after), post
+
+    def server_part(state, kept, down, params, extra_args):
+        updates, aggregated = ours.server_part(state.aggregate, kept, down, params, extra_args)
+        updates, new_after = after.update(updates, state.after, params, **extra_args)
+        return updates, PipelineState(state.before, aggregated, new_after)
+
+    find_ours = lambda state: state.aggregate
+    return _transformation(ours.method, init, worker_part, server_part, find_ours)
+
+
+def _from_method(method: Method) -> Transformation:
+    def init(params):
+        register_with_flax()
+        params = as_params(params)
+        worker, server = init_worker(method, params), init_server(method, params)
+        if jax.tree.leaves(params):
+            return AggregateState(worker, server, method.wire(params))
+        # The placeholder of optax.tree.map_params: one leaf for what is not like params.
+        return AggregateState(
+            worker._replace(compressor_memory=jnp.zeros(())),
+            server._replace(
+                memory=jnp.zeros(()) if method.remembers else server.memory,
+                downlink_memory=jnp.zeros(()),
+            ),
+            cast(Any, jnp.zeros(())),
+        )
+
+    def worker_part(grads, state, params, index, present, grad_fn):
+        check_like("grads", grads, params)
+        direction = jax.tree.map(lambda g, p: jnp.asarray(g, p.dtype), grads, params)
+
+        def reevaluate(at):
+            again = grad_fn(at)
+            if _find_masked(params) and not _find_masked(again):
+                # optax.masked hides leaves of params that grad_fn gives a gradient for.
+                again = jax.tree.map(
+                    lambda p, g: p if _is_masked(p) else g, params, again, is_leaf=_is_masked
+                )
+            check_like("grad_fn(params)", again, params)
+            return again
+
+        state_of, arguments = (method, state.worker, state.server), (direction, params)
+        if method.compressor.compress_mean is not None:
+            mean = lambda tree: method.exchange.mean(tree, method.axis_name)
+            worker, message = worker_half_with_mean(
+                *state_of, *arguments, index=index, present=present, mean=mean
+            )
+            post = Post(message, worker.uploaded)
+        else:
+            again = None if grad_fn is None else refuse_collectives(reevaluate, method.axis_name)
+            worker, post = worker_half(
+                *state_of, *arguments, index=index, present=present, reevaluate=again
+            )
+        return AggregateState(worker, state.server, state.wire), post
+
+    def server_part(state, kept, down, params, extra_args):
+        step, server = finish(method, state.server, kept, down, params)
+        updates = jax.tree.map(jnp.negative, step) if method.complete else step
+        return updates, AggregateState(state.worker, server, state.wire)
+
+    return _transformation(method, init, worker_part, server_part, lambda state: state)
+
+
+def _transformation(method, init, worker_part, server_part, find_ours) -> Transformation:
+    """``update`` of one worker, with the exchange between the two halves."""
+    axis_name = method.axis_name
 
     def update(
         updates: PyTree,
         state: Any,
         params: PyTree | None = None,
         *,
-        grad_fn: Callable[[PyTree], PyTree] | None = None,
-        stale_grads: PyTree | None = None,
+        grad_fn: GradFn | None = None,
+        present: jax.Array | None = None,
+        _return_at_ours: bool = False,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
-        del extra_args
-        grads = updates
-        if share_stale_params and stale_grads is not None:
-            raise ValueError(
-                "Expected grad_fn in place of stale_grads with share_stale_params=True: where the "
-                "stale parameters are shared, a worker's state has none of its own."
-            )
+        if _return_at_ours:
+            raise Arrived(updates)
         if params is None:
             raise ValueError(
                 "Expected params to be passed to update(grads, state, params), got None."
             )
-        half = state.link
-        if half == ():
-            check_mapped_axis(axis_name, num_workers)
-            _check_not_summed(grads, axis_name)
-        check_like("grads", grads, params)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        server = state.server
-        gamma = learning_rate(server.round) if callable(learning_rate) else learning_rate
-        gamma = None if gamma is None else jnp.asarray(gamma)
+        params = as_params(params)
+        check_mapped_axis(axis_name, method.num_workers)
+        _check_not_summed(updates, axis_name)
+        _check_state(method, find_ours(state))
+        present = _check_present(present, method.num_workers)
+        index = lax.axis_index(axis_name)
+        mine = True if present is None else present[index]
+        state, post = worker_part(updates, state, params, index, mine, grad_fn)
+        ours = find_ours(state)
+        kept, down = _join(method, ours.server, post, present, params)
+        return server_part(state, kept, down, params, extra_args)
 
-        history, threshold = server.history, server.threshold
-        if rule.adaptive:
-            if not complete:
-                moved = squared_distance(params, server.previous_params)
-                step_weights = upload_rules.weights(rule, None)
-                history = upload_rules.record_step(history, step_weights, moved, num_workers)
-            threshold, history = upload_rules.take_threshold(history)
+    tx = Transformation(init, update)
+    tx.method, tx.find_ours = method, find_ours
+    tx.worker_part, tx.server_part = worker_part, server_part
+    return tx
 
-        def stale_grads_fn(stale_params):
-            if share_stale_params:
-                uploaded_in = server.round - state.worker.staleness
-                stale_params = read_recent(server.recent_params, uploaded_in)
-            return _stale_grads(stale_params, params, grad_fn, stale_grads)
 
-        worker, message = state.worker, None
-        if not isinstance(half, ServerHalf):
-            worker, message = worker_round(
-                up_link,
-                rule,
-                state.worker,
-                grads,
-                params,
-                stale_grads_fn=stale_grads_fn,
-                learning_rate=jnp.ones(()) if gamma is None else gamma,
-                threshold=threshold,
-                round=server.round,
-                keep_params=keep_params,
+def _join(method: Method, server, post: Post, present, params):
+    """The exchange between the halves."""
+    exchange, axis_name = method.exchange, method.axis_name
+    fn, kept, operands = served(method, server, params)
+    if method.compressor.compress_mean is not None:  # the mean is made already
+        return kept, post.message
+    flags = exchange.tell(post.uploaded, axis_name) if method.tells else present
+    rows = exchange.collect(post.message, flags, axis_name)
+    kept, down = exchange.serve(fn, axis_name, kept, rows, flags, *operands)
+    return kept, exchange.spread(down, axis_name)
+
+
+def join_simulated(method: Method, server, rows: PyTree, uploaded, present, params):
+    """As the exchange does, where all messages are at hand already."""
+    flags = uploaded if method.tells else present
+    return serve(method, server, rows, flags, params)
+
+
+def _check_state(method: Method, state: Any) -> None:
+    """Raises ValueError for a state that another method has made."""
+    made_for = dict(state.wire.method)
+    for name, value in method.settings:
+        if made_for.get(name) != value:
+            raise ValueError(
+                f"Expected a state that this optimiser has made: it has {name}={value}, and the "
+                f"state is of one with {name}={made_for.get(name)}. Make a state with tx.init."
             )
-        if isinstance(half, WorkerHalf):
-            nothing = jax.tree.map(jnp.zeros_like, params)
-            return nothing, AggregateState(worker, server, state.wire, Posted(message))
-
-        memory = server.messages, server.downlink_residual, server.downlink_memory
-        like = jax.eval_shape(lambda: params) if num_shards == 1 else one_shard(params, num_shards)
-        serve = functools.partial(server_lib.server_round, compressor, down, like)
-        if exchange == "psum":
-            is_summed = isinstance(half, ServerHalf)
-            total = half.rows if is_summed else exchange_lib.psum(message, axis_name)
-            step = jax.tree.map(lambda x: x / num_workers, total)
-            sent, *kept = compress_with_feedback(down, step, *memory[1:])
-            memory = (), *kept
-        elif isinstance(half, ServerHalf):
-            memory, sent = serve(memory, half.rows, half.uploaded)
-        else:
-            served = exchange_lib.SERVED[exchange]
-            flags = served.tell(worker.uploaded, axis_name) if rule.adaptive else None
-            rows = served.collect(message, flags, axis_name)
-            memory, sent = served.serve(serve, axis_name, memory, rows, flags)
-            sent = served.spread(sent, axis_name)
-        # What is sent without loss and in one piece is the step itself.
-        whole = down.lossless and num_shards == 1
-        step = sent if whole else down_link.decompress(sent, params)
-
-        if rule.adaptive and complete:
-            step_weights = upload_rules.weights(rule, gamma)
-            moved = squared_norm(step)
-            history = upload_rules.record_step(history, step_weights, moved, num_workers)
-        new_server = ServerState(
-            messages=memory[0],
-            history=history,
-            threshold=threshold,
-            round=jnp.asarray(optax.safe_increment(server.round)),
-            downlink_residual=memory[1],
-            downlink_memory=memory[2],
-            previous_params=params if rule.adaptive and not complete else (),
-            recent_params=write_recent(server.recent_params, params, server.round),
-        )
-        new_updates = jax.tree.map(jnp.negative, step) if complete else step
-        return new_updates, AggregateState(worker, new_server, state.wire)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def diagnostics(opt_state: PyTree) -> Diagnostics:
-    """Reads what happened in the last round from any optax state that contains ours.
-
-    Raises:
-      ValueError: the state does not contain exactly one :class:`AggregateState`.
-    """
-    state = find_state(opt_state)
-    return Diagnostics(
-        uploaded=state.worker.uploaded,
-        finite=state.worker.finite,
-        staleness=state.worker.staleness,
-        innovation=state.worker.innovation,
-        threshold=state.server.threshold,
-    )
-
-
-def find_state(opt_state: PyTree) -> AggregateState:
-    """Returns the one :class:`AggregateState` inside an optax state.
-
-    Raises:
-      ValueError: there is none, or more than one.
-    """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AggregateState))
-    found = [node for node in nodes if isinstance(node, AggregateState)]
-    if len(found) != 1:
+def _check_present(present: Any, num_workers: int) -> jax.Array | None:
+    if present is None:
+        return None
+    present = jnp.asarray(present)
+    if present.shape != (num_workers,) or present.dtype != jnp.bool_:
         raise ValueError(
-            "Expected the optimiser state to contain exactly one state of sasg_jax (made by "
-            f"sasg_jax.sasg, aggregate, ...), found {len(found)}."
+            f"Expected present to be of dtype bool and shape ({num_workers},), the same on all "
+            f"workers, got {present.dtype} and {present.shape}."
         )
-    return found[0]
-
-
-_MAKERS = {
-    "compressor": "top_k or sasg_jax.identity",
-    "upload_rule": "innovation or sasg_jax.always",
-    "downlink": "top_k or sasg_jax.identity, or to be None",
-}
-
-
-def _stale_grads(stale_params, params, grad_fn, stale_grads):
-    """g', on the leaves that the transformation sees."""
-    if stale_grads is None:
-        if grad_fn is None:
-            raise TypeError(
-                "update() of an adaptive upload rule needs grad_fn=..., a function of the "
-                "parameters that evaluates the gradient on the same batch with the same "
-                "randomness, or that gradient at the stale parameters as stale_grads=..."
-            )
-        stale_grads = grad_fn(stale_params)
-    if _find_masked(params) and not _find_masked(stale_grads):
-        # optax.masked hides leaves of params that grad_fn gives a gradient for.
-        stale_grads = jax.tree.map(
-            lambda p, g: p if _is_masked(p) else g, params, stale_grads, is_leaf=_is_masked
-        )
-    check_like("stale_grads", stale_grads, params)
-    return stale_grads
+    return present
 
 
 def _is_masked(node: PyTree) -> bool:

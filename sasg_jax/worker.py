@@ -1,10 +1,10 @@
 r"""The worker's half of a round: decide whether to upload, and form the message.
 
 .. math::
-    p = \gamma g + e, \quad \text{message} = \mathcal{C}(p), \quad e \leftarrow p - \mathcal{C}(p),
-    \quad w_s \leftarrow w_t
+    p = \gamma g + e, \quad \text{message} = \mathcal{C}(p), \quad e \leftarrow p - \mathcal{C}(p)
 
-for a worker that uploads. A silent worker changes nothing but its staleness.
+for a worker that uploads. A silent worker changes nothing but its staleness; where it keeps its
+direction, its residual becomes p.
 """
 
 from collections.abc import Callable
@@ -14,142 +14,207 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.compressors import Compressor, compress_with_feedback
-from sasg_jax.control_flow import for_all, update_if
-from sasg_jax.upload_rules import UploadRule, must_upload
+from sasg_jax.compressors.base import Compressed, wide
+from sasg_jax.control_flow import update_if
+from sasg_jax.method import Method
+from sasg_jax.rules.base import View
+from sasg_jax.states import ServerState, WorkerState
 
 PyTree = Any
 
 
-class WorkerState(NamedTuple):
-    """What one worker carries from round to round. Differs between workers."""
+class Post(NamedTuple):
+    """What a worker has for the exchange."""
 
-    residual: PyTree  # like params, or () for a lossless compressor
-    compressor_memory: PyTree  # of Compressor.init_memory, mostly without arrays
-    stale_params: PyTree  # like params; () when all always upload, or the server keeps them
-    staleness: jax.Array  # rounds since the last upload, τ = t - s. shape=(), dtype=jnp.int32
-    uploaded: jax.Array  # in the last round. shape=(), dtype=jnp.bool_
-    finite: jax.Array  # whether the last gradient was. shape=(), dtype=jnp.bool_
-    innovation: jax.Array  # ‖g - g'‖², 0 in a forced round. shape=(), dtype=jnp.float32
+    message: PyTree  # all zeros where the worker is silent
+    uploaded: jax.Array  # shape=(), dtype=jnp.bool_
 
 
-def init_worker(
-    compressor: Compressor, rule: UploadRule, params: PyTree, *, keep_params: bool
-) -> WorkerState:
-    """The state before the first round. A worker that has never uploaded must upload.
-
-    With ``keep_params`` it keeps the parameters of its last upload.
-    """
+def init_worker(method: Method, params: PyTree) -> WorkerState:
+    """The state before the first round. A worker that has never uploaded must upload."""
     return WorkerState(
-        residual=() if compressor.lossless else jax.tree.map(jnp.zeros_like, params),
-        compressor_memory=compressor.init_memory(params),
-        stale_params=jax.tree.map(jnp.copy, params) if keep_params else (),
-        staleness=jnp.asarray(rule.max_staleness, jnp.int32),
+        feedback=method.feedback.init(params),
+        compressor_memory=method.per_link(method.compressor).init_memory(params),
+        rule=method.rule.init_worker(params),
+        staleness=jnp.asarray(method.rule.max_staleness or 1, jnp.int32),
         uploaded=jnp.asarray(False),
+        used=jnp.asarray(False),
         finite=jnp.asarray(True),
         innovation=jnp.zeros((), jnp.float32),
     )
 
 
-def worker_round(
-    compressor: Compressor,
-    rule: UploadRule,
-    state: WorkerState,
-    grads: PyTree,
+def worker_half(
+    method: Method,
+    worker: WorkerState,
+    server: ServerState,
+    direction: PyTree,
     params: PyTree,
     *,
-    stale_grads_fn: Callable[[PyTree], PyTree],
-    learning_rate: jax.Array,
-    threshold: jax.Array,
-    round: jax.Array,
-    keep_params: bool,
-) -> tuple[WorkerState, PyTree]:
+    index: Any,
+    present: Any = True,
+    reevaluate: Callable[[PyTree], PyTree] | None = None,
+) -> tuple[WorkerState, Post]:
     """One worker's half of a round.
 
     Args:
-      compressor: C.
-      rule: the upload rule.
-      state: the worker's state.
-      grads: g, its gradient at ``params``. Like ``params``.
+      method: its parts.
+      worker: the worker's state.
+      server: the server's, before the round. Of it, only what is the same on all workers is read.
+      direction: g, e.g. its gradient at ``params``. Like ``params``.
       params: w_t.
-      stale_grads_fn: gives g' from ``state.stale_params``; called only for an adaptive rule, and on
-        a device of its own run only in rounds in which the upload is not forced anyway.
-      learning_rate: γ. ``# shape=()``
-      threshold: right-hand side of (6). ``# shape=(), dtype=float32``
-      round: t. ``# shape=(), dtype=int32``
-      keep_params: as in :func:`init_worker`.
+      index: which worker this is, from 0. ``# shape=(), dtype=int32``
+      present: whether it takes part in this round. ``# shape=(), dtype=bool``
+      reevaluate: gives the direction at other parameters, on the same batch with the same
+        randomness; for rules that ask for it.
 
     Returns:
-      The new state, and the message, which is all zeros where the worker is silent.
+      The new state, and what goes to the exchange.
 
     Guarantees:
-      - Conservation: decoded message + new residual = γ g + old residual where it uploads.
-      - A gradient that is not finite never reaches the residual, the message or the stale
-        parameters: that worker is silent for the round and must upload as soon as its staleness
-        reaches the cap.
+      - Conservation: decoded message + new residual = γ g + old residual where it uploads, and new
+        residual = γ g + old residual where it is silent and keeps its direction.
+      - What is not finite never reaches the residual, the message or the rule's memory: neither a
+        gradient nor what γ g + e makes of one. That worker is silent for the round.
+
+    Raises:
+      TypeError: the rule asks for another evaluation, and ``reevaluate`` is None.
     """
-    if rule.adaptive:
-        forced = must_upload(rule, state.staleness, round)
-        measured = lax.cond(
-            for_all(forced),
-            lambda: jnp.full((), jnp.nan, jnp.float32),
-            lambda: squared_distance(grads, stale_grads_fn(state.stale_params)),
+    present, index = jnp.asarray(present), jnp.asarray(index)
+    round = method.round(params, server.round)
+    threshold, shared = method.rule.begin(server.rule, round)
+    cap = method.rule.max_staleness
+    forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
+    decision = method.rule.decide(
+        View(
+            round=round,
+            worker=index,
+            direction=direction,
+            feedback=worker.feedback,
+            staleness=worker.staleness,
+            memory=worker.rule,
+            shared=shared,
+            threshold=threshold,
+            forced=forced,
+            reevaluate=_missing if reevaluate is None else reevaluate,
         )
-        # A finite sum of squares of g - g' vouches for g. Otherwise g itself is looked at.
-        _, not_finite = update_if(
-            ~jnp.isfinite(measured), lambda _, g: ((), ~_all_finite(g)), (), grads
-        )
-        finite = ~not_finite
-        innovation = jnp.where(forced, 0, measured)
-        # Written so that an innovation that is not a number uploads.
-        uploaded = finite & (forced | ~(innovation <= threshold))
-    else:
-        innovation = state.innovation
-        finite = _all_finite(grads)
-        uploaded = finite
-
-    def upload(carried, grads, params, learning_rate):
-        residual, memory, _ = carried
-        scaled = jax.tree.map(lambda g: _scale(learning_rate, g), grads)
-        message, residual, memory = compress_with_feedback(compressor, scaled, residual, memory)
-        return (residual, memory, params if keep_params else ()), message
-
-    carried = state.residual, state.compressor_memory, state.stale_params
-    (residual, memory, stale_params), message = update_if(
-        uploaded, upload, carried, grads, params, learning_rate
     )
-    new_state = WorkerState(
-        residual=residual,
-        compressor_memory=memory,
-        stale_params=stale_params,
-        staleness=jnp.where(uploaded, 1, state.staleness + 1).astype(jnp.int32),
+    wants = present & (forced | decision.upload)
+    keys = method.keys(server.round, index)
+    carried = worker.feedback, worker.compressor_memory, worker.rule
+    operands = direction, params, round.learning_rate, keys, wants
+    acts = present if method.keeps else wants
+    carried, (message, fits) = update_if(acts, _act(method), carried, *operands)
+    uploaded = wants & fits
+    new_worker = WorkerState(
+        *carried,
+        staleness=jnp.where(uploaded, 1, worker.staleness + 1).astype(jnp.int32),
         uploaded=uploaded,
-        finite=finite,
-        innovation=innovation,
+        used=acts & fits,
+        finite=fits | ~acts,
+        innovation=decision.measured.astype(jnp.float32),
     )
-    return new_state, message
+    return new_worker, Post(message, uploaded)
 
 
-def squared_distance(a: PyTree, b: PyTree) -> jax.Array:
-    """‖a - b‖² over all leaves. ``# shape=(), dtype=float32``"""
+def _act(method: Method) -> Callable[..., tuple[PyTree, PyTree]]:
+    """What a worker does that uploads, or keeps its direction, for :func:`update_if`."""
+    compressor, feedback = method.per_link(method.compressor), method.feedback
 
-    def leaf(x, y):
-        return jnp.sum(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)))
+    def act(carried, direction, params, learning_rate, keys, wants):
+        memory = carried[0]
+        p = feedback.before(scale(learning_rate, direction), memory)
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), jnp.zeros((), jnp.float32))
+        def send(carried):
+            memory, compressor_memory, rule_memory = carried
+            key = method.compressor_key(compressor, keys)
+            compressed = compressor.compress(p, compressor_memory, key)
+
+            def decoded():
+                key = method.decoder_key(compressor, keys)
+                return compressor.decompress(compressed.message, p, key)
+
+            memory = feedback.after(memory, compressed, decoded)
+            rule_memory = method.rule.sent(rule_memory, params, direction)
+            return (memory, compressed.memory, rule_memory), compressed.message
+
+        def keep(carried):
+            return (feedback.keep(carried[0], p), *carried[1:]), compressor.zero_message(p)
+
+        def refuse(carried):
+            return carried, compressor.zero_message(p)
+
+        fits = all_finite(p)
+        if method.keeps:
+            branch = jnp.where(fits, jnp.where(wants, 0, 1), 2)
+            carried, message = lax.switch(branch, (send, keep, refuse), carried)
+        else:
+            carried, message = lax.cond(fits, send, refuse, carried)
+        return carried, (message, fits)
+
+    return act
 
 
-def squared_norm(tree: PyTree) -> jax.Array:
-    """‖x‖² over all leaves. ``# shape=(), dtype=float32``"""
-    leaves = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
-    return sum(leaves, jnp.zeros((), jnp.float32))
+def worker_half_with_mean(
+    method: Method,
+    worker: WorkerState,
+    server: ServerState,
+    direction: PyTree,
+    params: PyTree,
+    *,
+    index: Any,
+    present: Any,
+    mean: Callable[[PyTree], PyTree],
+) -> tuple[WorkerState, PyTree]:
+    """As :func:`worker_half`, for a compressor that takes means over workers in its middle.
+
+    Everybody takes part in the means: one that is refused or absent adds zeros. In place of a
+    message it returns the mean over workers, decoded and like ``params``.
+    """
+    assert method.compressor.compress_mean is not None
+    round = method.round(params, server.round)
+    p = method.feedback.before(scale(round.learning_rate, direction), worker.feedback)
+    fits = all_finite(p)
+    used = fits & jnp.asarray(present)
+    p = jax.tree.map(lambda x: jnp.where(used, x, 0), p)
+    key = method.compressor_key(method.compressor, method.keys(server.round, index))
+    decoded, remainder, memory = method.compressor.compress_mean(
+        p, worker.compressor_memory, key, mean
+    )
+    compressed = Compressed((), remainder, memory)
+    feedback = method.feedback.after(worker.feedback, compressed, lambda: decoded)
+    new_worker = worker._replace(
+        feedback=jax.tree.map(lambda x, old: jnp.where(used, x, old), feedback, worker.feedback),
+        compressor_memory=memory,
+        staleness=jnp.where(used, 1, worker.staleness + 1).astype(jnp.int32),
+        uploaded=used,
+        used=used,
+        finite=fits | ~jnp.asarray(present),
+    )
+    return new_worker, decoded
 
 
-def _all_finite(tree: PyTree) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether no entry is NaN or infinite. ``# shape=(), dtype=bool``"""
+    flags = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
 
 
-def _scale(learning_rate: jax.Array, grad: jax.Array) -> jax.Array:
-    """γ g, with the product taken in at least float32."""
-    wide = jnp.promote_types(grad.dtype, jnp.float32)
-    return (learning_rate.astype(wide) * grad.astype(wide)).astype(grad.dtype)
+def scale(learning_rate: jax.Array | None, tree: PyTree) -> PyTree:
+    """γ x, with the products taken in at least float32; x where there is no rate."""
+    if learning_rate is None:
+        return tree
+
+    def leaf(x):
+        dtype = wide(x.dtype)
+        return (learning_rate.astype(dtype) * x.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(leaf, tree)
+
+
+def _missing(params: PyTree) -> PyTree:
+    del params
+    raise TypeError(
+        "update() of this upload rule needs grad_fn=..., a function of the parameters that "
+        "evaluates the gradient on the same batch with the same randomness"
+    )

@@ -4,13 +4,14 @@ Every tensor of n entries is cut into M shards of ceil(n/M) entries each, the la
 zeros, so that shards of one tensor have one shape.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.compressors import Compressed, Compressor, MessageSize
+from sasg_jax.compressors.base import Compressed, Compressor
 
 PyTree = Any
 
@@ -46,23 +47,35 @@ def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
     """
 
     def init_memory(tree):
-        one = compressor.init_memory(one_shard(tree, num_shards))
+        one = compressor.init_memory(jax.tree.map(lambda x: x[0], cut(tree, num_shards)))
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_shards, *x.shape)), one)
 
-    def compress(tree, memory=None):
-        memory = init_memory(tree) if memory is None else memory
+    def shard_key(key, shard):
+        return None if key is None else jax.random.fold_in(key, shard)
+
+    def compress(tree, memory, key):
         message, remainder, memory = lax.map(
-            lambda shard: compressor.compress(*shard), (cut(tree, num_shards), memory)
+            lambda x: compressor.compress(*x[:2], shard_key(key, x[2])),
+            (cut(tree, num_shards), memory, jnp.arange(num_shards)),
         )
         return Compressed(message, join(remainder, tree), memory)
 
-    def decompress_sum(messages, like):
+    def decompress_sum(messages, like, key):
         shard = one_shard(like, num_shards)
         by_shard = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), messages)
-        return join(lax.map(lambda rows: compressor.decompress_sum(rows, shard), by_shard), like)
+        sums = lax.map(
+            lambda x: compressor.decompress_sum(x[0], shard, shard_key(key, x[1])),
+            (by_shard, jnp.arange(num_shards)),
+        )
+        return join(sums, like)
 
-    def message_size(tree):
-        one = compressor.message_size(one_shard(tree, num_shards))
-        return MessageSize(num_shards * one.bytes, num_shards * one.paper_bits)
+    def num_values(tree):
+        return num_shards * compressor.message_size(one_shard(tree, num_shards)).paper_bits // 32
 
-    return Compressor(init_memory, compress, decompress_sum, message_size, compressor.lossless)
+    return dataclasses.replace(
+        compressor,
+        compress=compress,
+        decompress_sum=decompress_sum,
+        init_memory=init_memory,
+        num_values=num_values,
+    )

@@ -1,0 +1,121 @@
+"""What a compressor is: a pair of pure functions and a few facts about them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Message = PyTree
+
+
+class MessageSize(NamedTuple):
+    """What one message weighs, in exact Python integers."""
+
+    bytes: int
+    """Bytes of everything in the message: values and indices."""
+    paper_bits: int
+    """32 bits for every value and nothing for indices, the convention of the paper's Table II."""
+
+
+class Compressed(NamedTuple):
+    """What :attr:`Compressor.compress` makes of a tree."""
+
+    message: Message
+    remainder: PyTree
+    """What the message left out, like the tree."""
+    memory: PyTree
+    """For the next tree."""
+
+
+def no_memory(tree: PyTree) -> PyTree:
+    """The memory of a compressor that has none."""
+    del tree
+    return ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compressor:
+    """Pure functions of trees of arrays, e.g. :func:`identity` and :func:`top_k`.
+
+    Args:
+      name: what it is called in errors, with its settings: ``"top_k(0.01)"``.
+      compress: ``message, remainder, memory = compress(tree, memory, key)``. A message is a pytree
+        of arrays whose shapes depend on those of the tree alone. A message of zeros must decode to
+        zeros: it stands for one that was not sent.
+      decompress_sum: ``tree = decompress_sum(messages, like, key)``: the sum of decoded messages,
+        whose arrays have one more leading axis. It is taken in the order of that axis, so that all
+        replicas get the same bits, and in at least float32. Shapes are those of ``like``.
+      init_memory: the memory before the first message. ``tree`` has arrays.
+      num_values: how many values a message for ``tree`` holds, for the paper's bits; by default
+        the floating-point numbers in it.
+      exact: whether the remainder is always zero, so that no residual need be kept.
+      unbiased: whether the decoded message is the tree in the mean, so that none need be kept.
+      linear: whether messages may be added before they are decoded, so that a sum serves.
+      random: whether ``compress`` draws random numbers, and needs a key.
+      shares_key: whether all workers must draw the same, and ``decompress_sum`` again: the key is
+        then that of the round, in place of the worker's own. Else ``decompress_sum`` gets None.
+      compress_mean: in place of the two functions, for one that needs means over workers in the
+        middle of its work: ``mean_of_trees, remainder, memory = compress_mean(tree, memory, key,
+        mean)``, where ``mean`` takes a pytree to its mean over workers. The first and the memory
+        must be the same on all workers.
+    """
+
+    name: str
+    compress: Callable[[PyTree, PyTree, Any], Compressed]
+    decompress_sum: Callable[[Message, PyTree, Any], PyTree]
+    init_memory: Callable[[PyTree], PyTree] = no_memory
+    num_values: Callable[[PyTree], int] | None = None
+    exact: bool = False
+    unbiased: bool = False
+    linear: bool = False
+    random: bool = False
+    shares_key: bool = False
+    compress_mean: Callable[[PyTree, PyTree, Any, Callable], Compressed] | None = None
+
+    def decompress(self, message: Message, like: PyTree, key: Any = None) -> PyTree:
+        """Returns the one decoded ``message``, in the dtypes of ``like``."""
+        tree = self.decompress_sum(jax.tree.map(lambda x: x[None], message), like, key)
+        return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), tree, like)
+
+    def message_shapes(self, tree: PyTree) -> Message:
+        """Shapes and dtypes of a message for ``tree`` (arrays or ``jax.ShapeDtypeStruct``).
+
+        With ``compress_mean``, those of all that it takes means of.
+        """
+        leaves, treedef = jax.tree.flatten(tree)
+        return _message_shapes(self, treedef, tuple((x.shape, x.dtype) for x in leaves))
+
+    def zero_message(self, tree: PyTree) -> Message:
+        """The message of zeros, which stands for one that was not sent."""
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.message_shapes(tree))
+
+    def message_size(self, tree: PyTree) -> MessageSize:
+        """The size of a message for ``tree`` (arrays or ``jax.ShapeDtypeStruct``)."""
+        leaves = jax.tree.leaves(self.message_shapes(tree))
+        floats = [x.size for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        values = sum(floats) if self.num_values is None else self.num_values(tree)
+        return MessageSize(sum(x.size * x.dtype.itemsize for x in leaves), 32 * values)
+
+
+@functools.lru_cache(maxsize=256)
+def _message_shapes(compressor: Compressor, treedef: Any, leaves: tuple[Any, ...]) -> Message:
+    tree = treedef.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+
+    def message(tree, key):
+        memory = compressor.init_memory(tree)
+        if compressor.compress_mean is None:
+            return compressor.compress(tree, memory, key).message
+        averaged = []
+        compressor.compress_mean(tree, memory, key, lambda x: averaged.append(x) or x)
+        return averaged
+
+    return jax.eval_shape(message, tree, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def wide(dtype: Any) -> Any:
+    """The type in which numbers of ``dtype`` are added: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)

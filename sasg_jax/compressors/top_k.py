@@ -1,0 +1,165 @@
+"""Keeps the entries of largest magnitude."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sasg_jax import selection as selection_lib
+from sasg_jax._checks import check_choice, check_density
+from sasg_jax.compressors.base import Compressed, Compressor, wide
+
+PyTree = Any
+
+
+class TopKMessage(NamedTuple):
+    """The kept entries of one vector, each index at most once, in no particular order.
+
+    A whole message is a tuple of these: one for each tensor, or one for the tree.
+    """
+
+    values: jax.Array  # shape=(k,), dtype of the vector
+    indices: jax.Array  # shape=(k,), the smallest unsigned integer type that fits
+
+
+def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> Compressor:
+    r"""Keeps the entries of largest magnitude; of equal ones, those with the lowest index.
+
+    .. math:: k = \max(1, \lfloor \mathrm{density} \cdot d \rfloor)
+
+    The product is rounded to a float before the floor, as Python does: ``top_k(0.29)`` keeps 28 of
+    100 entries.
+
+    Args:
+      density: kept fraction k/d, in (0, 1].
+      scope: ``"tensor"`` selects in every tensor by itself (the paper's setting). ``"tree"``
+        selects among all entries of the tree at once.
+      selection: how the entries are found, see :mod:`sasg_jax.selection`. ``"auto"``, ``"lax"`` and
+        ``"pruned"`` find the same set. ``"approximate"``, which reuses a threshold from message to
+        message, is faster on the CPU and does not find exactly the k largest.
+
+    Guarantees:
+      - Conservation: ``decompress(message) + remainder == tree``, bit for bit.
+      - Lemma 1: :math:`\|x - \mathcal{C}(x)\|^2 \le (1 - \delta)\|x\|^2` for every vector, with
+        :math:`\delta = k/d`; with ``"approximate"`` :math:`\delta = 0.8\,k/d`.
+
+    Raises:
+      ValueError: an argument is out of its range; and for a tree of 2³¹ entries or more in all,
+        with ``scope="tree"``.
+
+    >>> import jax.numpy as jnp
+    >>> message, remainder, _ = top_k(0.5).compress(jnp.array([1.0, -4.0, 3.0, 2.0]), ((),), None)
+    >>> sorted(message[0].indices.tolist()), remainder.tolist()
+    ([1, 2], [1.0, 0.0, 0.0, 2.0])
+
+    References: Stich et al., `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
+    """
+    density = check_density("density", density)
+    check_choice("scope", scope, _SCOPES)
+    check_choice("selection", selection, (*selection_lib.METHODS, "approximate"))
+    is_approximate = selection == "approximate"
+    to_vectors, from_vectors = _SCOPES[scope]
+
+    def kept(size: int) -> int:
+        return max(1, math.floor(density * size))
+
+    def compress_vector(x, threshold):
+        if is_approximate:
+            indices, threshold = selection_lib.approximate_top_k(x, kept(x.size), threshold)
+        else:
+            indices = selection_lib.magnitude_top_k(x, kept(x.size), method=selection)
+        message = TopKMessage(x[indices], indices.astype(index_dtype(x.size)))
+        return message, x.at[indices].set(0, unique_indices=True), threshold
+
+    def decompress_sum_vector(messages, vector):
+        # One message after another: indices are then unique within a scatter, which accelerators
+        # run in parallel and still give every replica the same bits.
+        def add(total, message):
+            indices = message.indices.astype(jnp.int32)
+            return total.at[indices].add(message.values, unique_indices=True), None
+
+        dtype = wide(vector.dtype)
+        messages = messages._replace(values=messages.values.astype(dtype))
+        return lax.scan(add, jnp.zeros(vector.size, dtype), messages)[0]
+
+    def init_memory(tree):
+        vectors = jax.eval_shape(to_vectors, tree)
+        return tuple(jnp.zeros((), jnp.float32) if is_approximate else () for _ in vectors)
+
+    def compress(tree, memory, key):
+        del key
+        parts = [compress_vector(*pair) for pair in zip(to_vectors(tree), memory, strict=True)]
+        messages, remainders, thresholds = zip(*parts, strict=True) if parts else ((), (), ())
+        remainder = jax.tree.map(
+            lambda x, leaf: x.astype(leaf.dtype), from_vectors(remainders, tree), tree
+        )
+        return Compressed(messages, remainder, thresholds)
+
+    def decompress_sum(messages, like, key):
+        del key
+        vectors = jax.eval_shape(to_vectors, like)
+        sums = [decompress_sum_vector(*pair) for pair in zip(messages, vectors, strict=True)]
+        return from_vectors(sums, like)
+
+    arguments = [f"{density:g}"]
+    arguments += [f"scope={scope!r}"] * (scope != "tensor")
+    arguments += [f"selection={selection!r}"] * is_approximate
+    return Compressor(
+        name=f"top_k({', '.join(arguments)})",
+        compress=compress,
+        decompress_sum=decompress_sum,
+        init_memory=init_memory,
+    )
+
+
+def index_dtype(size: int) -> jnp.dtype:
+    """The smallest unsigned integer type that holds the indices of a vector of ``size``."""
+    for dtype in (jnp.uint8, jnp.uint16):
+        if size <= jnp.iinfo(dtype).max + 1:
+            return jnp.dtype(dtype)
+    return jnp.dtype(jnp.uint32)
+
+
+def _flatten_each(tree: PyTree) -> list[jax.Array]:
+    return [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
+
+
+def _unflatten_each(vectors: Sequence[jax.Array], like: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(like)
+    return treedef.unflatten(
+        [x.reshape(leaf.shape) for x, leaf in zip(vectors, leaves, strict=True)]
+    )
+
+
+def _concatenate(tree: PyTree) -> list[jax.Array]:
+    """All entries in one vector, of a type that holds the values of every leaf exactly."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        total += leaf.size
+        if total >= 2**31:
+            raise ValueError(
+                "Expected params to have fewer than 2**31 entries in all for top_k(scope='tree'): "
+                f"params{jax.tree_util.keystr(path)} takes them to {total}. Use scope='tensor'."
+            )
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return []
+    dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
+    return [jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in leaves])]
+
+
+def _split(vectors: Sequence[jax.Array], like: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(like)
+    if not leaves:
+        return like
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+    parts = jnp.split(vectors[0], ends[:-1])
+    return treedef.unflatten([x.reshape(leaf.shape) for x, leaf in zip(parts, leaves, strict=True)])
+
+
+# How a tree becomes the vectors among whose entries the selection is made, and back.
+_SCOPES = {"tensor": (_flatten_each, _unflatten_each), "tree": (_concatenate, _split)}

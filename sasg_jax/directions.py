@@ -1,0 +1,214 @@
+"""Directions: what a worker makes of its batch in a round, before anything is compressed.
+
+A gradient (:func:`gradient`), or the way that several steps of its own have led it
+(:func:`local_steps`). A rule's second evaluation is the same function at other parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sasg_jax._checks import check_bool, check_int, expected
+
+PyTree = Any
+
+
+class Evaluation(NamedTuple):
+    """What a direction makes of a batch."""
+
+    direction: PyTree  # like params
+    own: PyTree  # what the worker carries for the direction, e.g. an inner optimiser's state
+    model_state: PyTree
+    loss: jax.Array  # the mean over what was accumulated. shape=()
+    aux: PyTree  # of loss_fn; with a leading axis of the steps where there are several
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Direction:
+    """Pure functions, made by :func:`gradient` and :func:`local_steps`.
+
+    Args:
+      init: ``own = init(params)``: what a worker carries for it, before the first round.
+      evaluate: ``evaluation = evaluate(params, own, model_state, key, batch)``.
+      steps: the leading axis of one worker's batch, or None where it has none of its own.
+      gradients: gradients that a round takes.
+      has_aux: whether there are auxiliary values.
+      has_model_state: whether the model has state.
+      has_key: whether random numbers are drawn.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    evaluate: Callable[[PyTree, PyTree, PyTree, Any, PyTree], Evaluation]
+    steps: int | None = None
+    gradients: int = 1
+    has_aux: bool = False
+    has_model_state: bool = False
+    has_key: bool = False
+
+
+def gradient(
+    loss_fn: Callable[..., Any],
+    *,
+    accumulate: int = 1,
+    has_aux: bool = False,
+    has_model_state: bool = False,
+    has_key: bool = False,
+) -> Direction:
+    """The gradient of the loss, or the mean of several.
+
+    Args:
+      loss_fn: one worker's loss, ``loss_fn(params, batch)``. With ``has_model_state`` it also gets
+        ``model_state=``, and with ``has_key`` a fresh ``key=``, the same for the gradient at the
+        current and at other parameters. It returns ``loss``, or ``(loss, aux)`` with ``has_aux``,
+        ``(loss, new_model_state)`` with ``has_model_state``, and ``(loss, (new_model_state, aux))``
+        with both.
+      accumulate: how many gradients are added up before anything is sent, in place of
+        ``optax.MultiSteps``. With more than 1 every leaf of a worker's batch has a leading axis of
+        that many.
+      has_aux: whether ``loss_fn`` returns auxiliary values.
+      has_model_state: whether the model has state, e.g. BatchNorm statistics.
+      has_key: whether ``loss_fn`` needs random numbers.
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    accumulate = check_int("accumulate", accumulate, minimum=1)
+    value_and_grad = _value_and_grad(loss_fn, has_aux, has_model_state, has_key)
+
+    def one(params, own, model_state, key, batch):
+        (loss, (model_state, aux)), grads = value_and_grad(params, model_state, key, batch)
+        return Evaluation(grads, own, model_state, loss, aux)
+
+    def several(params, own, model_state, key, batch):
+        def add(carried, step):
+            total, model_state = carried
+            number, part = step
+            made = one(params, own, model_state, _fold(key, number), part)
+            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, made.direction)
+            return (total, made.model_state), (made.loss, made.aux)
+
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
+        )
+        (total, model_state), (losses, aux) = lax.scan(
+            add, (zeros, model_state), (jnp.arange(accumulate), batch)
+        )
+        mean = jax.tree.map(lambda t, p: (t / accumulate).astype(p.dtype), total, params)
+        return Evaluation(mean, own, model_state, losses.mean(), aux)
+
+    return Direction(
+        init=lambda params: (),
+        evaluate=one if accumulate == 1 else several,
+        steps=None if accumulate == 1 else accumulate,
+        gradients=accumulate,
+        has_aux=has_aux,
+        has_model_state=has_model_state,
+        has_key=has_key,
+    )
+
+
+def local_steps(
+    loss_fn: Callable[..., Any],
+    inner: optax.GradientTransformation,
+    *,
+    steps: int,
+    has_aux: bool = False,
+    has_model_state: bool = False,
+    has_key: bool = False,
+) -> Direction:
+    r"""The way that ``steps`` steps of a worker's own lead: old minus new parameters.
+
+    .. math:: \Delta = w_t - w_t^{H}
+
+    What follows the mean, the outer optimiser, then takes Δ for a gradient: ``optax.sgd(1.0)`` is
+    local SGD, ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's.
+
+    Args:
+      loss_fn: as in :func:`gradient`.
+      inner: the worker's own optimiser. Its state stays with the worker, from round to round.
+      steps: H. Every leaf of a worker's batch has a leading axis of H.
+      has_aux: as in :func:`gradient`.
+      has_model_state: as in :func:`gradient`.
+      has_key: as in :func:`gradient`.
+
+    Raises:
+      ValueError: an argument is out of its range.
+
+    References: Stich, `Local SGD Converges Fast and Communicates Little
+    <https://arxiv.org/abs/1805.09767>`_, 2018; Douillard et al., `DiLoCo
+    <https://arxiv.org/abs/2311.08105>`_, 2023
+    """
+    steps = check_int("steps", steps, minimum=1)
+    if not isinstance(inner, optax.GradientTransformation):
+        raise expected("inner", inner, "to be an optax optimiser")
+    inner = optax.with_extra_args_support(inner)
+    value_and_grad = _value_and_grad(loss_fn, has_aux, has_model_state, has_key)
+
+    def evaluate(params, own, model_state, key, batch):
+        def step(carried, step_input):
+            local, own, model_state = carried
+            number, part = step_input
+            (loss, (model_state, aux)), grads = value_and_grad(
+                local, model_state, _fold(key, number), part
+            )
+            updates, own = inner.update(grads, own, local, value=loss)
+            local = optax.apply_updates(local, updates)
+            return (local, own, model_state), (loss, aux)
+
+        (local, own, model_state), (losses, aux) = lax.scan(
+            step, (params, own, model_state), (jnp.arange(steps), batch)
+        )
+        delta = jax.tree.map(jnp.subtract, params, local)
+        return Evaluation(delta, own, model_state, losses.mean(), aux)
+
+    return Direction(
+        init=inner.init,
+        evaluate=evaluate,
+        steps=steps,
+        gradients=steps,
+        has_aux=has_aux,
+        has_model_state=has_model_state,
+        has_key=has_key,
+    )
+
+
+def as_direction(loss_fn: Any, **has: bool) -> Direction:
+    """A direction as it is, or the gradient of a loss function."""
+    for name, value in has.items():
+        check_bool(name, value)
+    if not isinstance(loss_fn, Direction):
+        return gradient(loss_fn, **has)
+    for name, value in has.items():
+        if value:
+            raise expected(name, value, "to be said to sasg_jax.gradient or local_steps instead")
+    return loss_fn
+
+
+def _value_and_grad(loss_fn, has_aux, has_model_state, has_key):
+    """``(loss, (new_model_state, aux)), grads = fn(params, model_state, key, batch)``"""
+
+    def parts(params, model_state, key, batch):
+        extra = {"model_state": model_state} if has_model_state else {}
+        extra |= {"key": key} if has_key else {}
+        out = loss_fn(params, batch, **extra)
+        new_model_state = aux = ()
+        if has_model_state and has_aux:
+            loss, (new_model_state, aux) = out
+        elif has_model_state:
+            loss, new_model_state = out
+        elif has_aux:
+            loss, aux = out
+        else:
+            loss = out
+        return loss, (new_model_state, aux)
+
+    return jax.value_and_grad(parts, has_aux=True)
+
+
+def _fold(key: Any, number: jax.Array) -> Any:
+    return key if isinstance(key, tuple) else jax.random.fold_in(key, number)

@@ -1,0 +1,55 @@
+"""Exchanges: how messages get from the workers to the server and back.
+
+These are the only modules with collectives. All but ``sharded`` have the paper's mathematics and
+differ in who plays the server and in what moves:
+
+==========  ==============================  ===================================================
+name        the server is                   what moves in a round
+==========  ==============================  ===================================================
+``server``  worker 0, the root              uploads to the root; the step from it to each worker
+``relay``   every worker                    uploads to the root, which forwards them
+``gather``  every worker                    all messages to all workers, if anybody uploads
+``lazy``    every worker                    only uploads, to all workers
+``sharded`` every worker, of 1/M            1/M of each message to each worker, if anybody
+                                            uploads; each worker's part of the step to all
+``psum``    nobody: no memory is needed     the sum of messages that everybody sends
+==========  ==============================  ===================================================
+"""
+
+from sasg_jax._checks import check_choice, expected
+from sasg_jax.exchanges.base import Exchange, Links, Needs, Traffic
+from sasg_jax.exchanges.gather import GATHER
+from sasg_jax.exchanges.lazy import LAZY
+from sasg_jax.exchanges.psum import PSUM
+from sasg_jax.exchanges.relay import RELAY
+from sasg_jax.exchanges.server import SERVER
+from sasg_jax.exchanges.sharded import SHARDED
+
+EXCHANGES: dict[str, Exchange] = {
+    exchange.name: exchange for exchange in (GATHER, LAZY, SERVER, RELAY, SHARDED, PSUM)
+}
+
+__all__ = ["EXCHANGES", "Exchange", "Links", "Needs", "Traffic", "choose"]
+
+
+def choose(exchange: "str | Exchange | None", needs: Needs) -> Exchange:
+    """The exchange that a user names, or what suits the method.
+
+    Raises:
+      ValueError: there is none of that name, or it cannot serve the method.
+    """
+    if exchange is None:
+        return _suited(needs)
+    if not isinstance(exchange, Exchange):
+        exchange = EXCHANGES[check_choice("exchange", exchange, EXCHANGES)]
+    if reason := exchange.refuses(needs):
+        raise expected("exchange", exchange.name, reason)
+    return exchange
+
+
+def _suited(needs: Needs) -> Exchange:
+    if needs.downlink:
+        return SERVER
+    if needs.always:
+        return PSUM if needs.linear or needs.mean_inside else GATHER
+    return LAZY

@@ -1,0 +1,39 @@
+"""``gather``: all messages to all workers, if anybody uploads; every worker plays the server."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from sasg_jax.exchanges.base import Exchange, Links, refuse_downlink
+from sasg_jax.exchanges.flags import tell_all, tell_all_links
+from sasg_jax.exchanges.packing import collect_words, packed_bytes
+
+
+def gather_rows(words, flags, axis_name):
+    def everything(words):
+        return lax.all_gather(words, axis_name)
+
+    if flags is None:
+        return everything(words)
+    return lax.cond(flags.any(), everything, lambda words: no_rows(words, flags.size), words)
+
+
+def no_rows(words, size):
+    """The rows of a round in which nobody uploads."""
+    return jnp.zeros((size, *words.shape), words.dtype)
+
+
+def _links(traffic):
+    size = len(traffic.uploads_by_worker)
+    moved = sum(traffic.rounds_by_uploads[1:]) * (size - 1) * traffic.upload_bytes
+    return Links([moved] * size, [moved] * size)
+
+
+GATHER = Exchange(
+    name="gather",
+    refuses=refuse_downlink,
+    collect=collect_words(gather_rows),
+    moved_bytes=packed_bytes,
+    links=_links,
+    tell=tell_all,
+    flag_links=tell_all_links,
+)

@@ -1,0 +1,85 @@
+"""``psum``: the sum of messages that everybody sends; nobody need be the server."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from sasg_jax.compressors.base import wide
+from sasg_jax.control_flow import sum_rows
+from sasg_jax.exchanges.base import Exchange, Links, Needs, over_workers
+from sasg_jax.exchanges.flags import tell_all, tell_all_links
+
+PyTree = Any
+
+
+def _sum(message: PyTree, axis_name: str) -> PyTree:
+    """The sum over workers, in at least float32: that of numbers in half precision may not fit."""
+
+    def simulated(size, message, batched):
+        return jax.tree.map(
+            lambda x, is_batched: sum_rows(x) if is_batched else x * size, message, batched
+        )
+
+    def on_devices(message):
+        # One vector of each type: a sum of every tensor by itself waits as often as there are
+        # tensors.
+        leaves, treedef = jax.tree.flatten(message)
+        summed = list(leaves)
+        for dtype in {x.dtype for x in leaves}:
+            places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+            vector, to_leaves = ravel_pytree([leaves[i] for i in places])
+            for i, x in zip(places, to_leaves(lax.psum(vector, axis_name)), strict=True):
+                summed[i] = x
+        return treedef.unflatten(summed)
+
+    message = jax.tree.map(lambda x: x.astype(wide(x.dtype)), message)
+    return over_workers(on_devices, simulated, axis_name, message)
+
+
+def _collect(message, flags, axis_name):
+    del flags  # the messages of silent workers are zeros
+    return jax.tree.map(lambda x: x[None], _sum(message, axis_name))
+
+
+def _mean(tree, axis_name):
+    size = lax.axis_size(axis_name)
+    return jax.tree.map(
+        lambda total, x: (total / size).astype(x.dtype), _sum(tree, axis_name), tree
+    )
+
+
+def _moved_bytes(shapes):
+    return sum(x.size * wide(x.dtype).itemsize for x in jax.tree.leaves(shapes))
+
+
+def _refuses(needs: Needs) -> str | None:
+    if needs.downlink:
+        return "to be 'server' or 'sharded' for downlink=...: a sum sends no step to compress"
+    if not (needs.always and (needs.linear or needs.mean_inside)):
+        return (
+            "to be another where a worker may be silent or messages do not add up: a sum moves "
+            "silent workers' zeros, and needs a linear compressor, e.g. sasg_jax.identity()"
+        )
+    return None
+
+
+def _links(traffic):
+    size = len(traffic.uploads_by_worker)
+    rounds = sum(traffic.rounds_by_uploads)
+    moved = 2 * rounds * traffic.upload_bytes * (size - 1) // size  # a ring sum
+    return Links([moved] * size, [moved] * size)
+
+
+PSUM = Exchange(
+    name="psum",
+    refuses=_refuses,
+    collect=_collect,
+    moved_bytes=_moved_bytes,
+    links=_links,
+    tell=tell_all,
+    flag_links=tell_all_links,
+    mean=_mean,
+    sums=True,
+)

@@ -1,0 +1,56 @@
+"""``relay``: uploads to worker 0, which forwards each to the others; every worker plays the server."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from sasg_jax.exchanges.base import Exchange, Links, refuse_downlink
+from sasg_jax.exchanges.flags import tell_through_root, tell_through_root_links
+from sasg_jax.exchanges.packing import collect_words, packed_bytes
+from sasg_jax.exchanges.server import rows_at_root
+
+
+def _rows_by_relay(words, flags, axis_name):
+    size = lax.axis_size(axis_name)
+    rows = rows_at_root(words, flags, axis_name)
+    if flags is None:
+        flags = jnp.ones(size, bool)
+    order = jnp.argsort(~flags, stable=True)  # those that uploaded first
+    worker = lax.axis_index(axis_name)
+
+    def forward(slot, rows):
+        origin = order[slot]
+        row = lax.dynamic_index_in_dim(rows, origin, keepdims=False)
+        received = jnp.where(worker == 0, row, 0)
+        for target in range(1, size):
+            received |= lax.cond(
+                origin != target,
+                lambda row, target=target: lax.ppermute(row, axis_name, [(0, target)]),
+                jnp.zeros_like,
+                row,
+            )
+        row = jnp.where(worker == origin, words, received)
+        return lax.dynamic_update_index_in_dim(rows, row, origin, axis=0)
+
+    return lax.fori_loop(0, flags.sum(), forward, rows)
+
+
+def _links(traffic):
+    message, total = traffic.upload_bytes, sum(traffic.uploads_by_worker)
+    root, *others = traffic.uploads_by_worker
+    forwarded = root * len(others) + sum(others) * (len(others) - 1)
+    return Links(
+        [forwarded * message, *(uploads * message for uploads in others)],
+        [sum(others) * message, *((total - uploads) * message for uploads in others)],
+    )
+
+
+RELAY = Exchange(
+    name="relay",
+    refuses=refuse_downlink,
+    collect=collect_words(_rows_by_relay),
+    moved_bytes=packed_bytes,
+    links=_links,
+    tell=tell_through_root,
+    flag_links=tell_through_root_links,
+    forwards=True,
+)

@@ -1,0 +1,69 @@
+"""``server``: uploads to worker 0, the root, and the step from it to each worker."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sasg_jax.exchanges.base import Exchange, Links, over_workers, refuse_mean_inside
+from sasg_jax.exchanges.flags import from_root, tell_through_root, tell_through_root_links
+from sasg_jax.exchanges.packing import collect_words, pack, packed_bytes, unpack
+
+
+def rows_at_root(words, flags, axis_name):
+    """All uploads, on worker 0."""
+
+    def send(worker):
+        def to_root(words):
+            return lax.ppermute(words, axis_name, [(worker, 0)])
+
+        if flags is None:
+            return to_root(words)
+        return lax.cond(flags[worker], to_root, jnp.zeros_like, words)
+
+    return jnp.stack([words] + [send(worker) for worker in range(1, lax.axis_size(axis_name))])
+
+
+def _serve_at_root(fn, axis_name, memory, *operands):
+    def on_devices(served):
+        memory, operands = served
+        down = jax.eval_shape(fn, memory, *operands)[1]
+
+        def nothing(memory):
+            return memory, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), down)
+
+        at_root = lax.axis_index(axis_name) == 0
+        return lax.cond(at_root, lambda memory: fn(memory, *operands), nothing, memory)
+
+    def simulated(size, served, batched):
+        del size, batched
+        memory, operands = served
+        return fn(memory, *operands)
+
+    return over_workers(on_devices, simulated, axis_name, (memory, operands))
+
+
+def _spread_from_root(down, axis_name):
+    def on_devices(down):
+        return unpack(from_root(pack(down), axis_name), jax.eval_shape(lambda: down))
+
+    return over_workers(on_devices, lambda size, down, batched: down, axis_name, down)
+
+
+def _links(traffic):
+    rounds = sum(traffic.rounds_by_uploads)
+    up = [uploads * traffic.upload_bytes for uploads in traffic.uploads_by_worker[1:]]
+    down = rounds * traffic.downlink_bytes
+    return Links([len(up) * down, *up], [sum(up), *(down for _ in up)])
+
+
+SERVER = Exchange(
+    name="server",
+    refuses=refuse_mean_inside,
+    collect=collect_words(rows_at_root),
+    moved_bytes=packed_bytes,
+    links=_links,
+    tell=tell_through_root,
+    flag_links=tell_through_root_links,
+    serve=_serve_at_root,
+    spread=_spread_from_root,
+)

@@ -1,0 +1,67 @@
+"""``sharded``: every worker is the server of 1/M of each tensor.
+
+1/M of each message goes to each worker, if anybody uploads, and each worker's part of the step to
+all. What is sent is selected within each shard: that is not the paper's selection.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sasg_jax.control_flow import update_if
+from sasg_jax.exchanges.base import Exchange, Links, refuse_mean_inside
+from sasg_jax.exchanges.flags import tell_all, tell_all_links
+from sasg_jax.exchanges.packing import pack, packed_bytes, unpack
+
+
+def _collect_shards(message, flags, axis_name):
+    """``message`` has a leading axis over shards; shard m goes to worker m."""
+    shapes = _without_leading_axis(message)
+
+    def send(words):
+        return lax.all_to_all(words, axis_name, split_axis=0, concat_axis=0)
+
+    words = jax.vmap(pack)(message)
+    any_upload = True if flags is None else flags.any()
+    rows = lax.cond(any_upload, send, jnp.zeros_like, words)
+    return jax.vmap(lambda row: unpack(row, shapes))(rows)
+
+
+def _serve_shard(fn, axis_name, memory, *operands):
+    del axis_name
+    return update_if(jnp.asarray(True), fn, memory, *operands)
+
+
+def _spread_shards(down, axis_name):
+    """What each worker sends of its shard, with a leading axis over shards."""
+    shapes = jax.eval_shape(lambda: down)
+    rows = lax.all_gather(pack(down), axis_name)
+    return jax.vmap(lambda row: unpack(row, shapes))(rows)
+
+
+def _without_leading_axis(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+
+
+def _one_shard_bytes(shapes):
+    return packed_bytes(_without_leading_axis(shapes))
+
+
+def _links(traffic):
+    size, rounds = len(traffic.uploads_by_worker), traffic.rounds_by_uploads
+    moved = sum(rounds[1:]) * traffic.upload_bytes + sum(rounds) * traffic.downlink_bytes
+    return Links([(size - 1) * moved] * size, [(size - 1) * moved] * size)
+
+
+SHARDED = Exchange(
+    name="sharded",
+    refuses=refuse_mean_inside,
+    collect=_collect_shards,
+    moved_bytes=_one_shard_bytes,
+    links=_links,
+    tell=tell_all,
+    flag_links=tell_all_links,
+    serve=_serve_shard,
+    spread=_spread_shards,
+    sharded=True,
+)

@@ -1,0 +1,112 @@
+r"""Feedback: what becomes of the part of a direction that a message leaves out.
+
+:func:`residual` adds it to what is sent next, :func:`none` forgets it, and :func:`reconstruction`
+sends differences to what the server has already.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sasg_jax._checks import expected, is_real
+from sasg_jax.compressors.base import Compressed
+
+PyTree = Any
+
+
+class Residual(NamedTuple):
+    """The memory of :func:`residual`."""
+
+    residual: PyTree  # e, like params; () where nothing is ever left out
+
+
+class Reconstruction(NamedTuple):
+    """The memory of :func:`reconstruction`."""
+
+    reconstruction: PyTree  # h, like params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """Pure functions of the feedback's memory, made by the functions of this module.
+
+    Args:
+      name: what it is called in errors.
+      init: the memory before the first round, of shapes and dtypes ``tree``.
+      before: ``p = before(direction, memory)``: what is compressed.
+      after: ``memory = after(memory, compressed, decoded)``, once a message is made of p.
+        ``decoded()`` is the message as the server decodes it.
+      keep: ``memory = keep(memory, p)``: what a silent worker's p becomes, so that nothing of it is
+        lost; None where it cannot be kept.
+      reconstructs: whether the server adds what arrives to what it has of the worker.
+    """
+
+    name: str
+    init: Callable[[PyTree], PyTree]
+    before: Callable[[PyTree, PyTree], PyTree]
+    after: Callable[[PyTree, Compressed, Callable[[], PyTree]], PyTree]
+    keep: Callable[[PyTree, PyTree], PyTree] | None = None
+    reconstructs: bool = False
+
+
+def residual(decay: float = 1.0) -> Feedback:
+    r"""Adds what was left out to what is sent next (error feedback).
+
+    .. math:: p = x + \beta e, \quad e \leftarrow p - \mathcal{C}(p)
+
+    Args:
+      decay: β, in (0, 1]: 1 loses nothing.
+
+    References: Stich et al., `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
+    """
+    if not is_real(decay) or not 0 < decay <= 1:
+        raise expected("decay", decay, "in (0, 1]")
+
+    def add(x, e):
+        return x + e if decay == 1 else x + (decay * e).astype(x.dtype)
+
+    return Feedback(
+        name="residual()" if decay == 1 else f"residual({decay:g})",
+        init=lambda tree: Residual(_zeros(tree)),
+        before=lambda x, memory: jax.tree.map(add, x, memory.residual),
+        after=lambda memory, compressed, decoded: Residual(compressed.remainder),
+        keep=lambda memory, p: Residual(p),
+    )
+
+
+def none() -> Feedback:
+    """Forgets what was left out: for what leaves nothing out, or is right in the mean."""
+    return Feedback(
+        name="none()",
+        init=lambda tree: (),
+        before=lambda x, memory: x,
+        after=lambda memory, compressed, decoded: memory,
+    )
+
+
+def reconstruction() -> Feedback:
+    r"""Sends differences to what the server has of this worker already (EF21, LAG).
+
+    .. math:: p = x - h, \quad h \leftarrow h + \mathcal{C}(p)
+
+    on both sides, where h starts at zero. The server steps with the mean of all h, of which it
+    keeps only the sum; a silent worker counts as its h.
+
+    References: Richtárik et al., `EF21 <https://arxiv.org/abs/2106.05203>`_, 2021
+    """
+    return Feedback(
+        name="reconstruction()",
+        init=lambda tree: Reconstruction(_zeros(tree)),
+        before=lambda x, memory: jax.tree.map(jnp.subtract, x, memory.reconstruction),
+        after=lambda memory, compressed, decoded: Reconstruction(
+            jax.tree.map(jnp.add, memory.reconstruction, decoded())
+        ),
+        reconstructs=True,
+    )
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)

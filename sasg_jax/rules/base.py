@@ -1,0 +1,107 @@
+"""What an upload rule is: whether a worker sends in a round, and the memory that this takes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+SILENCES = ("reuse", "keep", "drop")
+"""What a silent worker counts as: its last message again, which the server keeps (the paper's); as
+nothing yet, while its direction goes into its residual; or as nothing, in a mean over senders."""
+
+
+class Round(NamedTuple):
+    """What all workers know of a round."""
+
+    params: PyTree  # w_t
+    number: jax.Array  # t. shape=(), dtype=jnp.int32
+    num_workers: int  # M
+    learning_rate: jax.Array | None  # γ; None where there is none. shape=()
+
+
+class View(NamedTuple):
+    """What a rule sees of one worker when it decides."""
+
+    round: Round
+    worker: jax.Array  # which one, from 0. shape=(), dtype=jnp.int32
+    direction: PyTree  # g, like params
+    feedback: PyTree  # the feedback's memory, e.g. with the worker's residual
+    staleness: jax.Array  # rounds since its last upload. shape=(), dtype=jnp.int32
+    memory: PyTree  # the rule's own on this worker
+    shared: PyTree  # the rule's own, the same on all workers
+    threshold: jax.Array  # of Rule.begin. shape=(), dtype=jnp.float32
+    forced: jax.Array  # whether it must upload whatever the rule says. shape=(), dtype=jnp.bool_
+    reevaluate: Callable[[PyTree], PyTree]
+    """``direction = reevaluate(params)``: the direction at other parameters, on the same batch with
+    the same randomness. Takes as long as the first."""
+
+
+class Decision(NamedTuple):
+    """What a rule says of one worker."""
+
+    upload: jax.Array  # shape=(), dtype=jnp.bool_
+    measured: jax.Array  # for the report, in the threshold's units. shape=(), dtype=jnp.float32
+
+
+def _nothing(*args: Any) -> PyTree:
+    del args
+    return ()
+
+
+def _no_threshold(shared: PyTree, round: Round) -> tuple[jax.Array, PyTree]:
+    del round
+    return jnp.zeros((), jnp.float32), shared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Pure functions, e.g. those of :func:`innovation`. Only ``name`` and ``decide`` are needed.
+
+    Args:
+      name: what it is called in errors, with its settings.
+      decide: ``decision = decide(view)``. A comparison should let NaN upload: what is then sent is
+        looked at, and refused if it is not finite.
+      max_staleness: an upload is forced when the last one is this many rounds back, and at the
+        start; None forces none.
+      always: whether everybody uploads in every round, so that nobody need tell.
+      silence: what a silent worker counts as where the user does not say, one of
+        :data:`SILENCES`.
+      needs_learning_rate: whether it reads ``Round.learning_rate``.
+      init_worker: ``memory = init_worker(params)``: its memory on a worker, before the first round.
+      init_shared: ``shared = init_shared(params)``: its memory that is the same on all workers.
+      begin: ``threshold, shared = begin(shared, round)``, before anybody decides. Here the step
+        that the last round made in the end can be seen in the parameters.
+      sent: ``memory = sent(memory, params, direction)``, on a worker that uploads.
+      end: ``shared = end(shared, round)``, when all have decided.
+    """
+
+    name: str
+    decide: Callable[[View], Decision]
+    max_staleness: int | None = None
+    always: bool = False
+    silence: str = "reuse"
+    needs_learning_rate: bool = False
+    init_worker: Callable[[PyTree], PyTree] = _nothing
+    init_shared: Callable[[PyTree], PyTree] = _nothing
+    begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = _no_threshold
+    sent: Callable[[PyTree, PyTree, PyTree], PyTree] = lambda memory, params, direction: memory
+    end: Callable[[PyTree, Round], PyTree] = lambda shared, round: shared
+
+
+def squared_norm(tree: PyTree) -> jax.Array:
+    """‖x‖² over all leaves. ``# shape=(), dtype=float32``"""
+    leaves = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return sum(leaves, jnp.zeros((), jnp.float32))
+
+
+def squared_distance(a: PyTree, b: PyTree) -> jax.Array:
+    """‖a - b‖² over all leaves. ``# shape=(), dtype=float32``"""
+
+    def leaf(x, y):
+        return jnp.sum(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)))
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), jnp.zeros((), jnp.float32))

@@ -1,0 +1,40 @@
+"""Rules that look at nothing: in every round, or in turn."""
+
+import jax.numpy as jnp
+
+from sasg_jax._checks import check_int
+from sasg_jax.rules.base import Decision, Rule
+
+
+def always() -> Rule:
+    """Every worker uploads in every round."""
+    return Rule(
+        name="always()",
+        decide=lambda view: Decision(jnp.asarray(True), jnp.zeros((), jnp.float32)),
+        always=True,
+        silence="keep",
+    )
+
+
+def every(period: int, *, staggered: bool = True) -> Rule:
+    """Every worker uploads in every ``period``-th round.
+
+    The baseline of the rules that look at something. A silent worker's direction goes into its
+    residual unless ``silence`` says otherwise.
+
+    Args:
+      period: rounds from one upload to the next.
+      staggered: whether workers take turns, worker m in the rounds t with ``(t + m) % period == 0``,
+        so that every round brings somebody; else all upload in the rounds ``t % period == 0``.
+
+    Raises:
+      ValueError: ``period`` is not an integer of at least 1.
+    """
+    period = check_int("period", period, minimum=1)
+
+    def decide(view):
+        turn = view.round.number + (view.worker if staggered else 0)
+        return Decision(turn % period == 0, jnp.zeros((), jnp.float32))
+
+    name = f"every({period})" if staggered else f"every({period}, staggered=False)"
+    return Rule(name=name, decide=decide, always=period == 1, silence="keep")

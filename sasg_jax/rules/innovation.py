@@ -1,0 +1,216 @@
+r"""The paper's rule (6): a worker uploads when its gradient has changed enough.
+
+Worker m stays silent in round t when
+
+.. math::
+    \|g - g'\|^2 \le \frac{1}{M^2} \sum_{d=1}^{D} \alpha_d \|w_{t+1-d} - w_{t-d}\|^2
+
+and its staleness is below ``max_staleness`` and at least D rounds have passed. Here g and g' are
+its gradients at the current and at the stale parameters, on the same batch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sasg_jax._checks import check_bool, check_int, expected, is_real
+from sasg_jax.control_flow import for_all
+from sasg_jax.rules.base import Decision, Round, Rule, View, squared_distance
+from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
+
+PyTree = Any
+Alpha = float | Sequence[float] | jax.Array
+AlphaFn = Callable[[Any], Any]
+
+
+class StaleParams(NamedTuple):
+    """What the rule keeps on a worker."""
+
+    stale_params: PyTree  # w_s, like params; () where they are shared
+
+
+class StepHistory(NamedTuple):
+    """What the rule keeps once for all workers."""
+
+    history: jax.Array  # of record_step. shape=(D,), dtype=jnp.float32
+    step_weights: jax.Array  # α_d of the last round's step. shape=(D,), dtype=jnp.float32
+    previous_params: PyTree  # w_{t-1}, like params; () where recent_params has it
+    recent_params: PyTree  # of sasg_jax.rules.recent_params; () where each worker keeps its own
+
+
+def innovation(
+    alpha: Alpha | AlphaFn,
+    *,
+    max_staleness: int = 10,
+    history: int = 10,
+    share_stale_params: bool = False,
+) -> Rule:
+    """The paper's rule (6): a worker uploads when its gradient has changed enough.
+
+    It asks for the gradient once more, at the parameters of the worker's last upload. A round in
+    which every upload is forced does without.
+
+    Args:
+      alpha: the weights α_d. A number, a sequence of ``history`` numbers (the first weighs the
+        newest step), or a function of the learning rate that returns either; larger means fewer
+        uploads. :func:`released_alpha` is the authors' choice. A step made at a learning rate for
+        which it is not finite weighs nothing.
+      max_staleness: an upload is forced when the last one is this many rounds back; 1 means in
+        every round.
+      history: D, the number of past steps that the threshold sums over. In the first D rounds
+        everybody uploads.
+      share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
+        in place of a copy of those of its last upload for each worker: less memory where a device
+        simulates more workers than that.
+
+    Raises:
+      ValueError: an argument is out of its range, or alpha has the wrong length.
+    """
+    history = check_int("history", history, minimum=1)
+    max_staleness = check_int("max_staleness", max_staleness, minimum=1)
+    check_bool("share_stale_params", share_stale_params)
+    if not callable(alpha):
+        _check_alpha(alpha, history)
+
+    # A worker that is forced in every round never asks for stale parameters.
+    has_recent = share_stale_params and max_staleness > 1
+
+    def init_worker(params):
+        return StaleParams(() if share_stale_params else jax.tree.map(jnp.copy, params))
+
+    def init_shared(params):
+        return StepHistory(
+            history=jnp.zeros(history, jnp.float32),
+            step_weights=jnp.zeros(history, jnp.float32),
+            previous_params=() if has_recent else jax.tree.map(jnp.copy, params),
+            recent_params=init_recent(params, max_staleness) if has_recent else (),
+        )
+
+    def begin(shared: StepHistory, round: Round):
+        previous = shared.previous_params
+        if has_recent:  # in round 0 that is no parameters, but nothing has a weight yet
+            previous = read_recent(shared.recent_params, round.number - 1)
+        moved = squared_distance(round.params, previous)
+        steps = record_step(shared.history, shared.step_weights, moved, round.num_workers)
+        threshold, steps = take_threshold(steps)
+        return threshold, shared._replace(history=steps)
+
+    def decide(view: View) -> Decision:
+        forced = view.forced | (view.round.number < history)
+        if max_staleness == 1:
+            return Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
+
+        def measure():
+            if share_stale_params:
+                uploaded_in = view.round.number - view.staleness
+                stale_params = read_recent(view.shared.recent_params, uploaded_in)
+            else:
+                stale_params = view.memory.stale_params
+            return squared_distance(view.direction, view.reevaluate(stale_params))
+
+        # Zero, not NaN, in place of what is not measured: jax_debug_nans would report it.
+        measured = lax.cond(for_all(forced), lambda: jnp.zeros((), jnp.float32), measure)
+        measured = jnp.where(forced, 0, measured)
+        # Written so that an innovation that is not a number uploads.
+        return Decision(forced | ~(measured <= view.threshold), measured)
+
+    def end(shared: StepHistory, round: Round):
+        return StepHistory(
+            history=shared.history,
+            step_weights=weights(alpha, round.learning_rate, history),
+            previous_params=() if has_recent else round.params,
+            recent_params=write_recent(shared.recent_params, round.params, round.number),
+        )
+
+    return Rule(
+        name=f"innovation(max_staleness={max_staleness}, history={history}"
+        f"{', share_stale_params=True' if share_stale_params else ''})",
+        decide=decide,
+        max_staleness=max_staleness,
+        silence="reuse",
+        needs_learning_rate=callable(alpha),
+        init_worker=init_worker,
+        init_shared=init_shared,
+        begin=begin,
+        sent=lambda memory, params, direction: StaleParams(() if share_stale_params else params),
+        end=end,
+    )
+
+
+def released_alpha(c: float, num_workers: int) -> AlphaFn:
+    """α_d = c·M/γ for every d: the authors' released threshold, written for a mean over workers.
+
+    Their code steps with the sum over workers, so that their learning rate is our γ / M, and tests
+    ``innovation <= c / (their rate · M²) · Σ_d ‖step‖²``, which is ``c / (γ·M) · Σ_d ‖step‖²``.
+
+    >>> released_alpha(0.5, num_workers=10)(0.05)
+    100.0
+    """
+    if not is_real(c) or not (math.isfinite(c) and c >= 0):
+        raise expected("c", c, "to be a finite number of at least 0")
+    num_workers = check_int("num_workers", num_workers, minimum=1)
+    return lambda learning_rate: c * num_workers / learning_rate
+
+
+def weights(alpha: Alpha | AlphaFn, learning_rate: Any, history: int) -> jax.Array:
+    """The α_d that the step made with ``learning_rate`` gets. ``# shape=(D,), dtype=float32``
+
+    Zero where alpha is a function that is not finite there: a rate that has decayed to zero.
+
+    Raises:
+      ValueError: alpha is a function and returned a wrong shape.
+    """
+    if callable(alpha):
+        alpha = jnp.asarray(alpha(learning_rate), jnp.float32)
+        _check_alpha_shape(alpha, alpha.shape, history)
+        alpha = jnp.where(jnp.isfinite(alpha), alpha, 0)
+    return jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (history,))
+
+
+def record_step(
+    history: jax.Array, step_weights: jax.Array, step_squared_norm: jax.Array, num_workers: int
+) -> jax.Array:
+    """Adds what a step will weigh in the thresholds of the D rounds after it.
+
+    The history is weighted when it is made: entry j is the part of the threshold of the j-th round
+    from now that past steps have settled, so a change of the learning rate never re-weighs them.
+
+    Args:
+      history: ``# shape=(D,), dtype=float32``
+      step_weights: α_d from :func:`weights`. ``# shape=(D,), dtype=float32``
+      step_squared_norm: ‖w_{t+1} − w_t‖². ``# shape=(), dtype=float32``
+      num_workers: M.
+    """
+    return history + step_weights * step_squared_norm / num_workers**2
+
+
+def take_threshold(history: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """This round's threshold, and the history moved on by one round."""
+    return history[0], jnp.append(history[1:], 0.0)
+
+
+def _check_alpha(alpha: Any, history: int) -> None:
+    if isinstance(alpha, jax.core.Tracer):  # only its shape is known
+        _check_alpha_shape(alpha, alpha.shape, history)
+        return
+    allowed = "to be a number, a sequence of numbers, or a function of the learning rate"
+    try:
+        values = np.asarray(alpha)
+    except ValueError:  # a ragged sequence
+        raise expected("alpha", alpha, allowed) from None
+    if values.dtype.kind not in "iuf":
+        raise expected("alpha", alpha, allowed)
+    _check_alpha_shape(alpha, values.shape, history)
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise expected("alpha", alpha, "to be finite and at least 0")
+
+
+def _check_alpha_shape(alpha: Any, shape: tuple[int, ...], history: int) -> None:
+    if shape not in ((), (history,)):
+        raise expected("alpha", alpha, f"to be one number or history={history} numbers")

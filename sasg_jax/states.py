@@ -1,0 +1,152 @@
+"""What is carried from round to round, split by who owns it, and how to find it again."""
+
+import dataclasses
+import sys
+from typing import Any, NamedTuple
+
+import jax
+
+from sasg_jax.exchanges import EXCHANGES, Exchange
+
+PyTree = Any
+
+
+class WorkerState(NamedTuple):
+    """What one worker carries from round to round. Differs between workers."""
+
+    feedback: PyTree  # of sasg_jax.feedback, e.g. Residual(residual)
+    compressor_memory: PyTree  # of Compressor.init_memory, mostly without arrays
+    rule: PyTree  # of Rule.init_worker, e.g. StaleParams(stale_params)
+    staleness: jax.Array  # rounds since the last upload, τ = t - s. shape=(), dtype=jnp.int32
+    uploaded: jax.Array  # in the last round. shape=(), dtype=jnp.bool_
+    used: jax.Array  # whether its last direction was sent or kept. shape=(), dtype=jnp.bool_
+    finite: jax.Array  # whether nothing was refused in the last round. shape=(), dtype=jnp.bool_
+    innovation: jax.Array  # what the rule measured last. shape=(), dtype=jnp.float32
+
+
+class ServerState(NamedTuple):
+    """What the server carries from round to round.
+
+    The same on all workers. But ``memory``, ``downlink_feedback`` and ``downlink_memory`` are where
+    the exchange has the server: with ``"sharded"`` each worker has those of its own shard, and with
+    ``"server"`` only those of worker 0 are kept up.
+    """
+
+    memory: PyTree  # last messages, leading axis M; or the sum of reconstructions; mostly ()
+    downlink_feedback: PyTree  # as WorkerState.feedback; () for a dense way down
+    downlink_memory: PyTree  # of Compressor.init_memory, mostly without arrays
+    rule: PyTree  # of Rule.init_shared, e.g. StepHistory
+    finite: jax.Array  # whether the last step was. shape=(), dtype=jnp.bool_
+    threshold: jax.Array  # of the last round. shape=(), dtype=jnp.float32
+    round: jax.Array  # rounds made, t. shape=(), dtype=jnp.int32
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """What crosses between workers and server in a round, known before the first one.
+
+    Static: it holds no arrays, and travels in the state so that a ledger can be made from any
+    optimiser state.
+    """
+
+    num_workers: int
+    upload_bytes: int
+    """One worker's message: values and indices."""
+    upload_paper_bits: int
+    """32 bits for every value of that message and nothing else, as in the paper's Table II."""
+    flag_bytes: int
+    """What one worker sends in every round to say whether it uploads; 0 where it always does."""
+    downlink_bytes: int
+    """What the server sends one worker in every round; 0 where it forwards uploads."""
+    moved_upload_bytes: int
+    """What the exchange makes of one message."""
+    moved_downlink_bytes: int
+    """What the exchange makes of one step."""
+    max_staleness: int
+    """Rounds after which a rule that looks at something forces an upload; 0 for other rules."""
+    exchange: str
+    """How messages travel, one of :data:`sasg_jax.exchanges.EXCHANGES` where it is one of ours."""
+    method: tuple[tuple[str, str], ...] = ()
+    """The parts of the method that the state was made for."""
+    custom_exchange: Exchange | None = None
+    """The exchange itself, where it is none of ours."""
+
+    @property
+    def exchange_object(self) -> Exchange:
+        return self.custom_exchange or EXCHANGES[self.exchange]
+
+
+class AggregateState(NamedTuple):
+    """State of :func:`sasg_jax.aggregate` and of the complete optimisers."""
+
+    worker: WorkerState
+    server: ServerState
+    wire: Wire
+
+
+class PipelineState(NamedTuple):
+    """State of :func:`sasg_jax.pipeline`: three parts with three owners."""
+
+    before: PyTree  # each worker's own
+    aggregate: AggregateState
+    after: PyTree  # the same on all workers
+
+
+class Diagnostics(NamedTuple):
+    """What happened in the last round.
+
+    The shapes are those that one worker sees; in a state with stacked workers the fields marked
+    "per worker" have a leading axis M.
+    """
+
+    uploaded: jax.Array  # per worker. dtype=jnp.bool_
+    finite: jax.Array  # whether nothing was refused; per worker. dtype=jnp.bool_
+    staleness: jax.Array  # after the round, 1 = just uploaded; per worker. dtype=jnp.int32
+    innovation: jax.Array  # what the rule measured: ‖g - g'‖² for (6), 0 in a forced round; per
+    # worker. dtype=jnp.float32
+    threshold: jax.Array  # with what it was compared. shape=(), dtype=jnp.float32
+
+
+def diagnostics(opt_state: PyTree) -> Diagnostics:
+    """Reads what happened in the last round from any optax state that contains ours.
+
+    Raises:
+      ValueError: the state does not contain exactly one :class:`AggregateState`.
+    """
+    state = find_state(opt_state)
+    return Diagnostics(
+        uploaded=state.worker.uploaded,
+        finite=state.worker.finite & state.server.finite,
+        staleness=state.worker.staleness,
+        innovation=state.worker.innovation,
+        threshold=state.server.threshold,
+    )
+
+
+def find_state(opt_state: PyTree) -> AggregateState:
+    """Returns the one :class:`AggregateState` inside an optax state.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AggregateState))
+    found = [node for node in nodes if isinstance(node, AggregateState)]
+    if len(found) != 1:
+        raise ValueError(
+            "Expected the optimiser state to contain exactly one state of sasg_jax (made by "
+            f"sasg_jax.sasg, aggregate, ...), found {len(found)}. One transformation serves the "
+            "whole tree: put optax.partition and the like after it."
+        )
+    return found[0]
+
+
+def register_with_flax() -> None:
+    """Lets ``flax.serialization`` save a state, whose static part it would not know.
+
+    Where flax has been imported; the library needs none of it.
+    """
+    if serialization := sys.modules.get("flax.serialization"):
+        serialization.register_serialization_state(
+            Wire, lambda wire: {}, lambda wire, saved: wire, override=True
+        )

@@ -1,0 +1,156 @@
+"""What a training run carries and reports, and one worker's round of it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sasg_jax.directions import Direction, Evaluation
+from sasg_jax.state_axes import keep_own, per_worker
+from sasg_jax.states import diagnostics, find_state
+from sasg_jax.transform import before_ours
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """Everything that a run carries from round to round."""
+
+    params: PyTree  # the same on all workers
+    opt_state: PyTree  # optax state; a worker's own parts have a leading axis M
+    model_state: PyTree  # e.g. BatchNorm statistics, leading axis M; () if there is none
+    keys: PyTree  # a PRNG key for each worker, which rounds fold. shape=(M,); () if there are none
+    direction: PyTree = ()  # e.g. the state of inner optimisers, leading axis M; () if there is none
+
+
+class RoundInfo(NamedTuple):
+    """What one round reports. M is the number of workers."""
+
+    loss: jax.Array  # each worker's own, before the step. shape=(M,)
+    uploaded: jax.Array  # shape=(M,), dtype=jnp.bool_
+    finite: jax.Array  # whether nothing was refused. shape=(M,), dtype=jnp.bool_
+    staleness: jax.Array  # after the round, 1 = just uploaded. shape=(M,), dtype=jnp.int32
+    innovation: jax.Array  # what the rule measured: ‖g - g'‖² for (6), 0 in a forced round.
+    # shape=(M,), dtype=jnp.float32
+    threshold: jax.Array  # with what it was compared. shape=(), dtype=jnp.float32
+    aux: PyTree  # of loss_fn, leading axis M; () if there is none
+
+
+# Which parts of a round's report belong to one worker: all but the threshold.
+INFO_OWNERS: PyTree = RoundInfo(
+    **{name: name != "threshold" for name in RoundInfo._fields}  # pyright: ignore
+)
+
+
+def owners(state: TrainState) -> PyTree:
+    """Whether each part of the state belongs to one worker; a prefix of the state."""
+    return TrainState(
+        params=False,
+        opt_state=per_worker(state.opt_state),
+        model_state=True,
+        keys=True,
+        direction=True,
+    )
+
+
+def evaluate(
+    direction: Direction,
+    tx: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    batch: PyTree,
+) -> tuple[Evaluation, Any]:
+    """A worker's direction, and the function that gives it at other parameters.
+
+    What the latter returns has gone through what stands before ours in ``tx``, as ``tx.update``
+    does with the former.
+    """
+    key = ()
+    if direction.has_key:
+        key = jax.random.fold_in(state.keys, find_state(state.opt_state).server.round)
+
+    def at(params):
+        return direction.evaluate(params, state.direction, state.model_state, key, batch)
+
+    def grad_fn(stale_params):
+        stale_params = _fill_masked(stale_params, state.params)
+        return before_ours(tx, at(stale_params).direction, state.opt_state, stale_params)
+
+    return at(state.params), grad_fn
+
+
+def worker_round(
+    direction: Direction,
+    tx: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    batch: PyTree,
+    present: jax.Array | None = None,
+    *,
+    axis_name: str = "workers",
+    pass_value: bool = False,
+) -> tuple[TrainState, RoundInfo]:
+    """One worker's view of a round, under a map over workers named ``axis_name``.
+
+    Args:
+      direction: what it makes of its batch.
+      tx: an optax optimiser that contains one transformation of ours.
+      state: its own view: nothing has an axis over workers.
+      batch: its own.
+      present: who takes part, the same on all workers; None for all. ``# shape=(M,), dtype=bool``
+      axis_name: the mapped axis.
+      pass_value: whether to pass the mean loss over workers to ``tx.update`` as ``value=``.
+
+    Guarantees:
+      - Of what a worker carries, a round in which its direction counts for nothing (its gradient
+        is refused, or it is silent and does not keep it, or it is absent) changes only our counters:
+        neither the model state, nor the direction's state, nor what stands before ours in ``tx``.
+    """
+    made, grad_fn = evaluate(direction, tx, state, batch)
+    extra = {} if present is None else {"present": present}
+    if pass_value:
+        extra["value"] = lax.pmean(made.loss, axis_name)
+    updates, opt_state = tx.update(
+        made.direction, state.opt_state, state.params, grad_fn=grad_fn, **extra
+    )
+    used = find_state(opt_state).worker.used
+    new_state = TrainState(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=keep_own(opt_state, state.opt_state, used),
+        **keep_if(used, made, state),
+    )
+    return new_state, RoundInfo(made.loss, *diagnostics(opt_state), made.aux)
+
+
+def keep_if(used: jax.Array, made: Evaluation, state: TrainState) -> dict[str, PyTree]:
+    """What a worker carries beside the optimiser's state: the new if it is used, or the old."""
+    choose = lambda new, old: jax.tree.map(lambda x, y: jnp.where(used, x, y), new, old)
+    return {
+        "model_state": choose(made.model_state, state.model_state),
+        "keys": state.keys,
+        "direction": choose(made.own, state.direction),
+    }
+
+
+def mean_model_state(model_state: PyTree) -> PyTree:
+    """The mean over workers of their model states, for evaluation and checkpoints.
+
+    Leaves that are no floating-point numbers, e.g. counters and keys, are taken from worker 0. The
+    bytes that this moves between workers are counted by
+    :meth:`sasg_jax.Ledger.record_model_state`.
+    """
+
+    def mean(x):
+        return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
+
+    return jax.tree.map(mean, model_state)
+
+
+def _fill_masked(tree: PyTree, params: PyTree) -> PyTree:
+    """Puts the current parameters where ``optax.masked`` has hidden them from the stale ones."""
+    return jax.tree.map(
+        lambda x, p: p if isinstance(x, optax.MaskedNode) else x,
+        tree,
+        params,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
