@@ -194,7 +194,7 @@ class Ledger:
             raise ValueError(f"Expected saved to have the keys {sorted(missing)}.")
         wire = dict(saved["wire"])
         name = check_choice("wire['exchange']", wire.pop("exchange", None), EXCHANGES)
-        sizes = {k: check_int(f"wire[{k!r}]", v, minimum=0) for k, v in wire.items()}
+        sizes: Any = {k: check_int(f"wire[{k!r}]", v, minimum=0) for k, v in wire.items()}
         ledger = cls.__new__(cls)
         ledger._start(Wire(**sizes, exchange=name))
         workers = ledger._wire.num_workers

@@ -21,8 +21,8 @@ class TrainState(NamedTuple):
     params: PyTree  # the same on all workers
     opt_state: PyTree  # optax state; a worker's own parts have a leading axis M
     model_state: PyTree  # e.g. BatchNorm statistics, leading axis M; () if there is none
-    keys: PyTree  # a PRNG key for each worker, which rounds fold. shape=(M,); () if there are none
-    direction: PyTree = ()  # e.g. the state of inner optimisers, leading axis M; () if there is none
+    keys: PyTree  # a PRNG key for each worker, folded by round. shape=(M,); () if there are none
+    direction: PyTree = ()  # e.g. inner optimisers' state, leading axis M; () if there is none
 
 
 class RoundInfo(NamedTuple):
@@ -103,8 +103,8 @@ def worker_round(
 
     Guarantees:
       - Of what a worker carries, a round in which its direction counts for nothing (its gradient
-        is refused, or it is silent and does not keep it, or it is absent) changes only our counters:
-        neither the model state, nor the direction's state, nor what stands before ours in ``tx``.
+        is refused, or it is silent and does not keep it, or it is absent) changes only our
+        counters: not the model state, the direction's state, or what stands before ours in ``tx``.
     """
     made, grad_fn = evaluate(direction, tx, state, batch)
     extra = {} if present is None else {"present": present}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -183,25 +184,31 @@ def make_train_step(
             pass_value=pass_value,
         )
 
-    jitted = jax.jit(step, donate_argnums=(0,) if donate else ())
-    return TrainStep(init, jitted if mesh is None else _Placed(jitted, mesh))
+    return TrainStep(init, _Step(jax.jit(step, donate_argnums=(0,) if donate else ()), mesh))
 
 
-class _Placed:
-    """A jitted step that takes batches that lie on one device, too."""
+class _Step:
+    """A jitted step that also takes batches that lie on one device where it runs on several."""
 
-    def __init__(self, jitted: Any, mesh: Mesh):
+    def __init__(self, jitted: Any, mesh: Mesh | None):
         self._jitted, self._mesh = jitted, mesh
 
     def __call__(self, state: TrainState, batch: PyTree, present: Any = None) -> Any:
-        return self._jitted(state, jax.tree.map(self._place, batch), present)
+        try:
+            return self._jitted(state, jax.tree.map(self._place, batch), present)
+        except (TypeError, ValueError) as error:
+            # What is wrong is said last, not that JAX has hidden some frames.
+            notes = getattr(error, "__notes__", [])
+            error.__notes__ = [note for note in notes if "JAX has removed" not in note]
+            raise
 
     def lower(self, state: TrainState, batch: PyTree, present: Any = None) -> Any:
         return self._jitted.lower(state, jax.tree.map(self._place, batch), present)
 
     def _place(self, x: Any) -> Any:
-        is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-        if not is_array or not x.committed or x.sharding.device_set == set(self._mesh.devices.flat):
+        if self._mesh is None or not _is_tied(x):
+            return x
+        if x.sharding.device_set == set(self._mesh.devices.flat):
             return x
         return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(*self._mesh.axis_names)))
 
@@ -258,16 +265,19 @@ def _check_batch(batch: PyTree, num_workers: int, steps: int | None) -> None:
             )
 
 
+def _is_tied(x: Any) -> bool:
+    """Whether it is an array that lies on devices that someone has chosen."""
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+
+
 def _on_one_device(tree: PyTree) -> PyTree:
     """Takes arrays that lie on several devices, e.g. over an explicit mesh, to the first."""
 
     def move(x):
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-            several = len(x.sharding.device_set) > 1 or isinstance(x.sharding, NamedSharding)
-            if several:
-                first = min(x.sharding.addressable_devices, key=lambda device: device.id)
-                return jax.device_put(x, SingleDeviceSharding(first))
-        return x
+        if not _is_tied(x) or isinstance(x.sharding, SingleDeviceSharding):
+            return x
+        first = min(x.sharding.addressable_devices, key=lambda device: device.id)
+        return jax.device_put(x, SingleDeviceSharding(first))
 
     return jax.tree.map(move, tree)
 
@@ -276,12 +286,12 @@ def _to_host(tree: PyTree) -> PyTree:
     """Arrays that a computation on any devices takes: those of one device would tie it there."""
 
     def move(x):
-        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or not x.committed:
+        if not _is_tied(x) or not x.is_fully_addressable:
             return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = np.asarray(jax.random.key_data(x))
+            data = jnp.asarray(np.asarray(jax.random.key_data(x)))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        return np.asarray(x) if x.is_fully_addressable else x
+        return np.asarray(x)
 
     return jax.tree.map(move, tree)
 

@@ -7,6 +7,7 @@ the learning rate inside the compressor, and :func:`pipeline` puts what stands b
 around either. :mod:`sasg_jax.algorithms` has the named methods.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -216,7 +217,8 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
     after = optax.chain(*transformations[place + 1 :])
 
     def init(params):
-        return PipelineState(before.init(params), ours.init(params), after.init(params))
+        aggregated = cast(AggregateState, ours.init(params))
+        return PipelineState(before.init(params), aggregated, after.init(params))
 
     def worker_part(grads, state, params, index, present, grad_fn):
         passed, new_before = before.update(grads, state.before, params)
@@ -272,7 +274,8 @@ def _from_method(method: Method) -> Transformation:
 
         state_of, arguments = (method, state.worker, state.server), (direction, params)
         if method.compressor.compress_mean is not None:
-            mean = lambda tree: method.exchange.mean(tree, method.axis_name)
+            assert method.exchange.mean is not None
+            mean = functools.partial(method.exchange.mean, axis_name=method.axis_name)
             worker, message = worker_half_with_mean(
                 *state_of, *arguments, index=index, present=present, mean=mean
             )

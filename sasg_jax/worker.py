@@ -135,10 +135,11 @@ def _act(method: Method) -> Callable[..., tuple[PyTree, PyTree]]:
                 return compressor.decompress(compressed.message, p, key)
 
             memory = feedback.after(memory, compressed, decoded)
-            rule_memory = method.rule.sent(rule_memory, params, direction)
+            rule_memory = method.rule.sent(rule_memory, params, direction, learning_rate)
             return (memory, compressed.memory, rule_memory), compressed.message
 
         def keep(carried):
+            assert feedback.keep is not None
             return (feedback.keep(carried[0], p), *carried[1:]), compressor.zero_message(p)
 
         def refuse(carried):

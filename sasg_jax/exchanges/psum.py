@@ -43,7 +43,7 @@ def _collect(message, flags, axis_name):
     return jax.tree.map(lambda x: x[None], _sum(message, axis_name))
 
 
-def _mean(tree, axis_name):
+def _mean(tree: PyTree, axis_name: str) -> PyTree:
     size = lax.axis_size(axis_name)
     return jax.tree.map(
         lambda total, x: (total / size).astype(x.dtype), _sum(tree, axis_name), tree

@@ -1,4 +1,4 @@
-"""``relay``: uploads to worker 0, which forwards each to the others; every worker plays the server."""
+"""``relay``: uploads to worker 0, which forwards each; every worker plays the server."""
 
 import jax.numpy as jnp
 from jax import lax

@@ -55,7 +55,7 @@ def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
 
     def compress(tree, memory, key):
         message, remainder, memory = lax.map(
-            lambda x: compressor.compress(*x[:2], shard_key(key, x[2])),
+            lambda x: compressor.compress(x[0], x[1], shard_key(key, x[2])),
             (cut(tree, num_shards), memory, jnp.arange(num_shards)),
         )
         return Compressed(message, join(remainder, tree), memory)

@@ -75,7 +75,7 @@ class Rule:
       init_shared: ``shared = init_shared(params)``: its memory that is the same on all workers.
       begin: ``threshold, shared = begin(shared, round)``, before anybody decides. Here the step
         that the last round made in the end can be seen in the parameters.
-      sent: ``memory = sent(memory, params, direction)``, on a worker that uploads.
+      sent: ``memory = sent(memory, params, direction, learning_rate)``, on a worker that uploads.
       end: ``shared = end(shared, round)``, when all have decided.
     """
 
@@ -88,7 +88,7 @@ class Rule:
     init_worker: Callable[[PyTree], PyTree] = _nothing
     init_shared: Callable[[PyTree], PyTree] = _nothing
     begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = _no_threshold
-    sent: Callable[[PyTree, PyTree, PyTree], PyTree] = lambda memory, params, direction: memory
+    sent: Callable[[PyTree, PyTree, PyTree, Any], PyTree] = lambda memory, *upload: memory
     end: Callable[[PyTree, Round], PyTree] = lambda shared, round: shared
 
 

@@ -24,8 +24,8 @@ def every(period: int, *, staggered: bool = True) -> Rule:
 
     Args:
       period: rounds from one upload to the next.
-      staggered: whether workers take turns, worker m in the rounds t with ``(t + m) % period == 0``,
-        so that every round brings somebody; else all upload in the rounds ``t % period == 0``.
+      staggered: whether workers take turns, worker m in rounds t with ``(t + m) % period == 0``, so
+        that every round brings somebody; else all upload in the rounds ``t % period == 0``.
 
     Raises:
       ValueError: ``period`` is not an integer of at least 1.

@@ -6,7 +6,9 @@ Worker m stays silent in round t when
     \|g - g'\|^2 \le \frac{1}{M^2} \sum_{d=1}^{D} \alpha_d \|w_{t+1-d} - w_{t-d}\|^2
 
 and its staleness is below ``max_staleness`` and at least D rounds have passed. Here g and g' are
-its gradients at the current and at the stale parameters, on the same batch.
+its gradients at the current and at the stale parameters, on the same batch. Where the learning rate
+is below half of what it was at the worker's last upload, or zero, it uploads, too: the server would
+apply a message of the old rate again. (At a constant rate that never is.)
 """
 
 import math
@@ -33,6 +35,7 @@ class StaleParams(NamedTuple):
     """What the rule keeps on a worker."""
 
     stale_params: PyTree  # w_s, like params; () where they are shared
+    learning_rate: jax.Array  # γ_s; 0 where there is none. shape=(), dtype=jnp.float32
 
 
 class StepHistory(NamedTuple):
@@ -82,7 +85,8 @@ def innovation(
     has_recent = share_stale_params and max_staleness > 1
 
     def init_worker(params):
-        return StaleParams(() if share_stale_params else jax.tree.map(jnp.copy, params))
+        stale_params = () if share_stale_params else jax.tree.map(jnp.copy, params)
+        return StaleParams(stale_params, jnp.zeros((), jnp.float32))
 
     def init_shared(params):
         return StepHistory(
@@ -103,6 +107,10 @@ def innovation(
 
     def decide(view: View) -> Decision:
         forced = view.forced | (view.round.number < history)
+        if view.round.learning_rate is not None:
+            # The server would apply an old message, of a larger rate, again and again.
+            rate = view.round.learning_rate
+            forced |= (rate == 0) | (rate < 0.5 * view.memory.learning_rate)
         if max_staleness == 1:
             return Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
 
@@ -119,6 +127,11 @@ def innovation(
         measured = jnp.where(forced, 0, measured)
         # Written so that an innovation that is not a number uploads.
         return Decision(forced | ~(measured <= view.threshold), measured)
+
+    def sent(memory: StaleParams, params: PyTree, direction: PyTree, learning_rate: Any):
+        del memory, direction
+        rate = jnp.zeros(()) if learning_rate is None else learning_rate
+        return StaleParams(() if share_stale_params else params, rate.astype(jnp.float32))
 
     def end(shared: StepHistory, round: Round):
         return StepHistory(
@@ -138,7 +151,7 @@ def innovation(
         init_worker=init_worker,
         init_shared=init_shared,
         begin=begin,
-        sent=lambda memory, params, direction: StaleParams(() if share_stale_params else params),
+        sent=sent,
         end=end,
     )
 
