@@ -213,8 +213,9 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
     (place,) = places
     ours = transformations[place]
     assert isinstance(ours, Transformation)
-    before = optax.chain(*transformations[:place])
-    after = optax.chain(*transformations[place + 1 :])
+    # optax.chain() of nothing is an error.
+    before = optax.chain(optax.identity(), *transformations[:place])
+    after = optax.chain(optax.identity(), *transformations[place + 1 :])
 
     def init(params):
         aggregated = cast(AggregateState, ours.init(params))
