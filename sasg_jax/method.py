@@ -192,10 +192,14 @@ def make_method(
         raise expected("downlink", downlink.name, "to need no means over workers")
     key = check_key(key)
     mean_inside = compressor.compress_mean is not None
-    if mean_inside and not rule.always:
-        raise expected(
-            "rule", rule.name, f"to be always() for {compressor.name}, which takes means"
-        )
+    for name, value, right, allowed in (
+        ("rule", rule.name, rule.always, "always()"),
+        ("silence", silence, silence == "keep", "'keep'"),
+        ("coder", coder and coder.name, coder is None, "None"),
+        ("downlink", downlink and downlink.name, downlink is None, "None"),
+    ):
+        if mean_inside and not right:
+            raise expected(name, value, f"to be {allowed} for {compressor.name}, which takes means")
     compressor = compressor if coder is None else coded(compressor, coder)
     down = identity() if downlink is None else downlink
     down = down if downlink_coder is None else coded(down, downlink_coder)

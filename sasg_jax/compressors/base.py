@@ -37,6 +37,10 @@ def no_memory(tree: PyTree) -> PyTree:
     return ()
 
 
+def _not_given(*args: Any) -> Any:
+    raise TypeError("A compressor needs compress and decompress_sum, or compress_mean.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compressor:
     """Pure functions of trees of arrays, e.g. :func:`identity` and :func:`top_k`.
@@ -65,8 +69,8 @@ class Compressor:
     """
 
     name: str
-    compress: Callable[[PyTree, PyTree, Any], Compressed]
-    decompress_sum: Callable[[Message, PyTree, Any], PyTree]
+    compress: Callable[[PyTree, PyTree, Any], Compressed] = _not_given
+    decompress_sum: Callable[[Message, PyTree, Any], PyTree] = _not_given
     init_memory: Callable[[PyTree], PyTree] = no_memory
     num_values: Callable[[PyTree], int] | None = None
     exact: bool = False
