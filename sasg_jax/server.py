@@ -46,7 +46,7 @@ def init_server(method: Method, params: PyTree) -> ServerState:
         memory=memory,
         downlink_feedback=method.downlink_feedback.init(served),
         downlink_memory=method.downlink.init_memory(served),
-        rule=method.rule.init_shared(params),
+        rule=jax.tree.map(jnp.copy, method.rule.init_shared(params)),
         finite=jnp.asarray(True),
         threshold=jnp.zeros((), jnp.float32),
         round=jnp.zeros((), jnp.int32),

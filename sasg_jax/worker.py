@@ -35,7 +35,7 @@ def init_worker(method: Method, params: PyTree) -> WorkerState:
     return WorkerState(
         feedback=method.feedback.init(params),
         compressor_memory=method.per_link(method.compressor).init_memory(params),
-        rule=method.rule.init_worker(params),
+        rule=jax.tree.map(jnp.copy, method.rule.init_worker(params)),  # may be params themselves
         staleness=jnp.asarray(method.rule.max_staleness or 1, jnp.int32),
         uploaded=jnp.asarray(False),
         used=jnp.asarray(False),

@@ -85,14 +85,13 @@ def innovation(
     has_recent = share_stale_params and max_staleness > 1
 
     def init_worker(params):
-        stale_params = () if share_stale_params else jax.tree.map(jnp.copy, params)
-        return StaleParams(stale_params, jnp.zeros((), jnp.float32))
+        return StaleParams(() if share_stale_params else params, jnp.zeros((), jnp.float32))
 
     def init_shared(params):
         return StepHistory(
             history=jnp.zeros(history, jnp.float32),
             step_weights=jnp.zeros(history, jnp.float32),
-            previous_params=() if has_recent else jax.tree.map(jnp.copy, params),
+            previous_params=() if has_recent else params,
             recent_params=init_recent(params, max_staleness) if has_recent else (),
         )
 
