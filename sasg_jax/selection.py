@@ -5,11 +5,13 @@ the CPU, where :func:`lax.top_k` is the slowest part of a round, :func:`pruned_t
 set of indices and looks at most entries only to count them:
 
 1. A strided sample gives a bound below the k-th largest magnitude with high probability.
-2. Entries that reach the bound are marked in a bit mask (one bit an entry) and listed from it.
+2. Entries above the bound are marked in a bit mask (one bit an entry) and listed from it.
 3. Bisection over the bits of the listed magnitudes finds the k largest exactly.
 
-When the sample misled (too few or too many entries reach the bound), the reference is used, so the
-result is exact for every input.
+Where fewer than k entries lie above the bound and k reach it, as in tensors that are mostly zero or
+have few different magnitudes, those above it and the first that equal it are the k largest. When
+the sample misled (too few entries reach the bound, or too many lie above it), the reference is
+used, so the result is exact for every input.
 
 :func:`approximate_top_k` goes without the sample and the bisection: the threshold of the last
 selection serves again, corrected by how many entries reached it.
@@ -90,13 +92,18 @@ def _pruned(x: jax.Array, k: int) -> jax.Array:
     bound = lax.top_k(sample, rank)[0].min()
 
     capacity = min(k + k // 2 + 512, x.size)
-    listed, count = _first_set_bits(_pack(jnp.abs(x) >= bound), capacity)
+    listed, count = _first_set_bits(_pack(jnp.abs(x) > bound), capacity)
 
     def exact():
         magnitudes = jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
-        return listed[_bisect_top_k(magnitudes, k)]
+        return listed[_bisect_top_k(_bits(magnitudes), k)]
 
-    return lax.cond((count >= k) & (count <= capacity), exact, lambda: lax_top_k(x, k))
+    def tied():
+        largest, num_above, num_reached = _first_largest(_bits(_magnitudes(x)), _bits(bound), k)
+        found = (num_above < k) & (num_reached >= k)
+        return lax.cond(found, lambda: largest, lambda: lax_top_k(x, k))
+
+    return lax.cond((count >= k) & (count <= capacity), exact, tied)
 
 
 def approximate_top_k(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,11 +179,10 @@ METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
 }
 
 
-def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
-    """Indices of the k largest of ``magnitudes`` (>= 0; negative ones are never chosen)."""
-    # Floats that are not negative are ordered as their bit patterns are. The threshold is built
-    # from its highest bit down, until exactly k entries reach it or it is the k-th largest itself.
-    bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
+def _bisect_top_k(bits: jax.Array, k: int) -> jax.Array:
+    """Indices of the k largest of ``bits`` (negative ones are never chosen)."""
+    # The threshold is built from its highest bit down, until exactly k entries reach it or it is
+    # the k-th largest itself.
 
     def undecided(state):
         bit, _, count = state
@@ -195,10 +201,25 @@ def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
 
     start = jnp.int32(1 << 30), jnp.int32(0), (bits >= 0).sum()
     _, threshold, _ = lax.while_loop(undecided, decide_bit, start)
-    # Everything above the threshold, then what equals it in order of index, until k are full.
+    return _first_largest(bits, threshold, k)[0]
+
+
+def _first_largest(
+    bits: jax.Array, threshold: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first ``k`` indices of what is above the threshold, and then of what equals it.
+
+    And how many are above it, and how many reach it.
+    """
     above, equal = _pack(bits > threshold), _pack(bits == threshold)
-    indices, _ = _first_set_bits(jnp.concatenate([above, equal]), k)
-    return indices % (above.size * _WORD)
+    indices, num_reached = _first_set_bits(jnp.concatenate([above, equal]), k)
+    num_above = lax.population_count(above).astype(jnp.int32).sum()
+    return indices % (above.size * _WORD), num_above, num_reached
+
+
+def _bits(magnitudes: jax.Array) -> jax.Array:
+    """Ordered as they are. (A comparison of floats takes the tiniest for zero on the CPU.)"""
+    return lax.bitcast_convert_type(magnitudes, jnp.int32)
 
 
 def _pack(mask: jax.Array) -> jax.Array:
