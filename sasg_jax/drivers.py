@@ -200,8 +200,8 @@ def simulate_in_chunks(
 
     opt_state = fill_own_parts(own_parts, own, to_one).opt_state  # its server's parts are right
     params = state.params
-    # Otherwise the compiler may write the recent parameters before the last worker has read them,
-    # and copies them all to be on the safe side.
+    # Otherwise the compiler may write the rule's memory before the last worker has read it, and
+    # copies it all to be on the safe side.
     zero = zero_after(infos.loss)
     opt_state = jax.tree.map(
         lambda node: node._replace(round=node.round + zero) if _is_server(node) else node,

@@ -16,7 +16,7 @@ class WorkerState(NamedTuple):
 
     feedback: PyTree  # of sasg_jax.feedback, e.g. Residual(residual)
     compressor_memory: PyTree  # of Compressor.init_memory, mostly without arrays
-    rule: PyTree  # of Rule.init_worker, e.g. StaleParams(stale_params)
+    rule: PyTree  # of Rule.init_worker, mostly without arrays
     staleness: jax.Array  # rounds since the last upload, τ = t - s. shape=(), dtype=jnp.int32
     uploaded: jax.Array  # in the last round. shape=(), dtype=jnp.bool_
     used: jax.Array  # whether its last direction was sent or kept. shape=(), dtype=jnp.bool_

@@ -73,9 +73,9 @@ def evaluate(
     def at(params):
         return direction.evaluate(params, state.direction, state.model_state, key, batch)
 
-    def grad_fn(stale_params):
-        stale_params = _fill_masked(stale_params, state.params)
-        return before_ours(tx, at(stale_params).direction, state.opt_state, stale_params)
+    def grad_fn(params):
+        params = _fill_masked(params, state.params)
+        return before_ours(tx, at(params).direction, state.opt_state, params)
 
     return at(state.params), grad_fn
 
@@ -147,7 +147,7 @@ def mean_model_state(model_state: PyTree) -> PyTree:
 
 
 def _fill_masked(tree: PyTree, params: PyTree) -> PyTree:
-    """Puts the current parameters where ``optax.masked`` has hidden them from the stale ones."""
+    """Puts the current parameters where ``optax.masked`` has hidden them from others."""
     return jax.tree.map(
         lambda x, p: p if isinstance(x, optax.MaskedNode) else x,
         tree,

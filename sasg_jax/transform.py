@@ -224,8 +224,8 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
     def worker_part(grads, state, params, index, present, grad_fn):
         passed, new_before = before.update(grads, state.before, params)
 
-        def passed_grad_fn(stale_params):
-            return before.update(grad_fn(stale_params), state.before, stale_params)[0]
+        def passed_grad_fn(at):
+            return before.update(grad_fn(at), state.before, at)[0]
 
         passed_fn = None if grad_fn is None else passed_grad_fn
         worker, post = ours.worker_part(passed, state.aggregate, params, index, present, passed_fn)
