@@ -141,7 +141,15 @@ def over_workers(
         worker_batched, operands_batched = batched
         if not worker_batched:  # a vmap over something else, e.g. over seeds
             axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, operands_batched)
-            result = jax.vmap(call, in_axes=(None, axes), axis_size=size)(worker, operands)
+
+            def simulated_each(num_workers, message, own):
+                # The axis over workers stands before the other.
+                axes = jax.tree.map(lambda x, o: int(o) if x else None, operands_batched[0], own)
+                one = lambda message: simulated(num_workers, message, own)
+                return jax.vmap(one, in_axes=(axes,), axis_size=size)(message)
+
+            each = jax.vmap(on_devices, in_axes=axes, axis_size=size)
+            result = over_workers(each, simulated_each, axis_name, *operands)
             return result, jax.tree.map(lambda _: True, result)
         message = jax.tree.map(jnp.asarray, operands[0])
         result = simulated(size, message, operands_batched[0])

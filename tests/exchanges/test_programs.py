@@ -1,0 +1,125 @@
+"""The ledger counts what a general reader finds in the compiled program, for every exchange."""
+
+import functools
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sasg_jax
+from sasg_jax.compressors import Compressed
+from sasg_jax.exchanges import EXCHANGES
+
+M = 4
+# Odd sizes, so that words and shards are padded. Tensors of both types travel together.
+TREES = {
+    "float32": {"w": (16, jnp.float32)},
+    "bfloat16": {"w": (15, jnp.bfloat16)},
+    "mixed": {"b": (7, jnp.bfloat16), "w": (16, jnp.float32)},
+}
+DOWNLINKS = {"one way": None, "two-way": sasg_jax.top_k(0.2)}
+WAYS = [(name, "one way") for name in EXCHANGES] + [("server", "two-way"), ("sharded", "two-way")]
+# Where types are summed apart, or each direction packs its own, and the rest in the slow tier.
+MIXED = [("psum", "one way"), ("server", "two-way"), ("sharded", "two-way")]
+CASES = [
+    pytest.param(*way, tree, marks=[pytest.mark.slow] * (tree == "mixed" and way not in MIXED))
+    for tree in TREES
+    for way in WAYS
+]
+# Everybody, two of whom one is the root, one that is not, and nobody.
+ROUNDS = ["1111", "1010", "0100", "0000"]
+
+
+def _loss(params, batch):
+    return batch * sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(params))
+
+
+@functools.cache
+def _program(exchange, tree, way, tells, num_workers=M, compressor=None):
+    """A compiled round in which those upload that are present, and a state."""
+    if compressor is None:
+        sums = EXCHANGES[exchange].sums
+        compressor = sasg_jax.identity() if sums else sasg_jax.top_k(0.2)
+    tx = sasg_jax.compressed_sgd(
+        0.1,
+        compressor,
+        num_workers=num_workers,
+        silence="reuse" if tells else "keep",
+        downlink=DOWNLINKS[way],
+        exchange=exchange,
+    )
+    train_step = sasg_jax.make_train_step(
+        _loss, tx, num_workers=num_workers, driver="shard_map", donate=False
+    )
+    params = {name: jnp.ones(size, dtype) for name, (size, dtype) in TREES[tree].items()}
+    state, batch = train_step.init(params), jnp.ones(num_workers)
+    present = jnp.ones(num_workers, bool)
+    return train_step.step.lower(state, batch, present).compile(), (state, batch)
+
+
+def _check(program, flags, num_workers=M):
+    """That both agree on one round; what moved."""
+    compiled, arguments = program
+    present = np.array([flag == "1" for flag in flags])
+    (_, info), moved = hlo.moved(
+        compiled, *arguments, jnp.asarray(present), num_devices=num_workers
+    )
+    np.testing.assert_array_equal(info.uploaded, present)
+    ledger = sasg_jax.Ledger(arguments[0].opt_state)
+    ledger.record(info.uploaded, present)
+    assert (ledger.sent_bytes, ledger.received_bytes) == moved
+    return moved
+
+
+@pytest.mark.parametrize(("exchange", "way", "tree"), CASES)
+def test_ledger_equals_the_compiled_program(exchange, way, tree):
+    program = _program(exchange, tree, way, tells=not EXCHANGES[exchange].sums)
+    moved = [_check(program, flags) for flags in ROUNDS]
+    # Fewer uploads move less, but in a sum; a round without any has flags left, or the step down.
+    totals = [sum(sent) for sent, _ in moved]
+    assert all(total > 0 for total in totals)
+    if EXCHANGES[exchange].sums:
+        assert len(set(totals)) == 1
+    else:
+        assert totals[0] > totals[3]
+
+
+@pytest.mark.parametrize("exchange", ["gather", "server"])
+def test_without_flags_where_nobody_need_tell(exchange):
+    """Who is absent is known to all, and who is present sends."""
+    silent = _program(exchange, "float32", "one way", tells=False)
+    for flags in ("1111", "1010"):
+        moved = _check(silent, flags)
+        told = _check(_program(exchange, "float32", "one way", tells=True), flags)
+        assert all(more > less for more, less in zip(told.sent, moved.sent, strict=True))
+
+
+def test_lazy_fills_several_slots():
+    """Of six workers one or two sum slots, and three or more are gathered."""
+    program = _program("lazy", "float32", "one way", tells=True, num_workers=6)
+    totals = [
+        sum(_check(program, flags, num_workers=6).sent)
+        for flags in ("010000", "010010", "011100", "111111")
+    ]
+    assert totals[0] < totals[1] < totals[2] == totals[3]
+
+
+def test_means_in_the_middle_of_a_compressor():
+    """Two of them, of which one is of half precision and travels wider."""
+
+    def compress_mean(tree, memory, key, mean):
+        scale = mean(jnp.max(jnp.abs(tree["w"])))
+        decoded = mean(jax.tree.map(lambda x: (x / scale).astype(jnp.bfloat16), tree))
+        decoded = jax.tree.map(lambda x, like: (scale * x).astype(like.dtype), decoded, tree)
+        return Compressed(decoded, jax.tree.map(jnp.subtract, tree, decoded), memory)
+
+    compressor = sasg_jax.Compressor(
+        name="scaled()",
+        compress=lambda tree, memory, key: Compressed(tree, tree, memory),
+        decompress_sum=lambda messages, like, key: like,
+        compress_mean=compress_mean,
+    )
+    program = _program("psum", "mixed", "one way", False, M, compressor)
+    assert sum(_check(program, "1111").sent) == M * (2 * (4 + 4 * (16 + 7)) * (M - 1) // M)
