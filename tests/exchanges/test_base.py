@@ -130,8 +130,11 @@ def test_collect_under_a_vmap_over_seeds(name):
     collect = lambda m: exchange.collect({"x": m}, None, "workers")["x"]
     over_all_workers = jax.vmap(collect, axis_name="workers")
     rows = jax.vmap(over_all_workers)(x)
+    inside = jax.vmap(jax.vmap(collect), in_axes=1, axis_name="workers")(x)
     for seed in range(3):
         np.testing.assert_array_equal(rows[seed], over_all_workers(x[seed]))
+        if not exchange.sharded:  # whose all_to_all is vmap's own
+            np.testing.assert_array_equal(inside[:, seed], rows[seed])
 
 
 def test_over_workers_simulates_only_under_a_map_over_workers():

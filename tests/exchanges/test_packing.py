@@ -13,9 +13,9 @@ DTYPES = ("uint8", "int8", "uint16", "float16", "bfloat16", "uint32", "int32", "
 TREES = {
     "wide": {"a": ("float32", (3, 2)), "b": ("uint32", (5,))},
     "narrow": {"a": ("uint8", (5,)), "b": ("bfloat16", (3,)), "c": ("uint16", ())},
-    "mixed": {"a": ("bfloat16", (1,)), "b": ("float32", ()), "c": ("uint8", (6,)), "d": ("int32", (2,))},
+    "mixed": {"a": ("bfloat16", (1,)), "b": ("float32", ()), "c": ("uint8", (6,))},
     "empty part": {"a": ("float32", (0,)), "b": ("uint8", (0, 3)), "c": ("float16", (2,))},
-}  # fmt: skip
+}
 
 
 def _random(trees, rng):
@@ -39,7 +39,7 @@ def test_every_bit_comes_back(name):
         assert np.asarray(back[key]).tobytes() == np.asarray(x).tobytes()
 
 
-@hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 9)), min_size=1, max_size=6)
 )
