@@ -96,11 +96,16 @@ def _pruned(x: jax.Array, k: int) -> jax.Array:
 
     def exact():
         magnitudes = jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
-        return listed[_bisect_top_k(_bits(magnitudes), k)]
+        return listed[_bisect_top_k(magnitudes, k)]
 
     def tied():
-        largest, num_above, num_reached = _first_largest(_bits(_magnitudes(x)), _bits(bound), k)
-        found = (num_above < k) & (num_reached >= k)
+        # As bits, of which the CPU takes none for zero, as it does with the tiniest floats.
+        bits, bound_bits = (lax.bitcast_convert_type(y, jnp.int32) for y in (_magnitudes(x), bound))
+        above, num_above = _first_set_bits(_pack(bits > bound_bits), k)
+        equal, num_equal = _first_set_bits(_pack(bits == bound_bits), k)
+        slots = jnp.arange(k)
+        largest = jnp.where(slots < num_above, above, equal[jnp.maximum(slots - num_above, 0)])
+        found = (num_above < k) & (num_above + num_equal >= k)
         return lax.cond(found, lambda: largest, lambda: lax_top_k(x, k))
 
     return lax.cond((count >= k) & (count <= capacity), exact, tied)
@@ -179,10 +184,11 @@ METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
 }
 
 
-def _bisect_top_k(bits: jax.Array, k: int) -> jax.Array:
-    """Indices of the k largest of ``bits`` (negative ones are never chosen)."""
-    # The threshold is built from its highest bit down, until exactly k entries reach it or it is
-    # the k-th largest itself.
+def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
+    """Indices of the k largest of ``magnitudes`` (>= 0; negative ones are never chosen)."""
+    # Floats that are not negative are ordered as their bit patterns are. The threshold is built
+    # from its highest bit down, until exactly k entries reach it or it is the k-th largest itself.
+    bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
 
     def undecided(state):
         bit, _, count = state
@@ -201,25 +207,10 @@ def _bisect_top_k(bits: jax.Array, k: int) -> jax.Array:
 
     start = jnp.int32(1 << 30), jnp.int32(0), (bits >= 0).sum()
     _, threshold, _ = lax.while_loop(undecided, decide_bit, start)
-    return _first_largest(bits, threshold, k)[0]
-
-
-def _first_largest(
-    bits: jax.Array, threshold: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The first ``k`` indices of what is above the threshold, and then of what equals it.
-
-    And how many are above it, and how many reach it.
-    """
+    # Everything above the threshold, then what equals it in order of index, until k are full.
     above, equal = _pack(bits > threshold), _pack(bits == threshold)
-    indices, num_reached = _first_set_bits(jnp.concatenate([above, equal]), k)
-    num_above = lax.population_count(above).astype(jnp.int32).sum()
-    return indices % (above.size * _WORD), num_above, num_reached
-
-
-def _bits(magnitudes: jax.Array) -> jax.Array:
-    """Ordered as they are. (A comparison of floats takes the tiniest for zero on the CPU.)"""
-    return lax.bitcast_convert_type(magnitudes, jnp.int32)
+    indices, _ = _first_set_bits(jnp.concatenate([above, equal]), k)
+    return indices % (above.size * _WORD)
 
 
 def _pack(mask: jax.Array) -> jax.Array:

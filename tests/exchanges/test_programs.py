@@ -115,11 +115,6 @@ def test_means_in_the_middle_of_a_compressor():
         decoded = jax.tree.map(lambda x, like: (scale * x).astype(like.dtype), decoded, tree)
         return Compressed(decoded, jax.tree.map(jnp.subtract, tree, decoded), memory)
 
-    compressor = sasg_jax.Compressor(
-        name="scaled()",
-        compress=lambda tree, memory, key: Compressed(tree, tree, memory),
-        decompress_sum=lambda messages, like, key: like,
-        compress_mean=compress_mean,
-    )
+    compressor = sasg_jax.Compressor(name="scaled()", compress_mean=compress_mean)
     program = _program("psum", "mixed", "one way", False, M, compressor)
     assert sum(_check(program, "1111").sent) == M * (2 * (4 + 4 * (16 + 7)) * (M - 1) // M)

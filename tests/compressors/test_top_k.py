@@ -1,0 +1,210 @@
+"""Which entries a message keeps, and how they are written."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sasg_jax
+from sasg_jax.compressors.top_k import index_dtype
+
+
+def _tree(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"matrix": (8, 25), "one": (1,), "scalar": (), "vector": (31,)}
+    return {k: jnp.asarray(rng.normal(size=shape), jnp.float32) for k, shape in shapes.items()}
+
+
+def _compress(compressor, tree):
+    return jax.jit(compressor.compress)(tree, compressor.init_memory(tree), None)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+def test_memory_is_carried_for_every_vector(scope, monkeypatch):
+    """One threshold for each vector, set by the first message; exact selections keep nothing."""
+    monkeypatch.setattr("sasg_jax.selection._MIN_PRUNED_SIZE", 20)
+    tree = {"long": 10 * _tree()["matrix"], "also": _tree()["vector"]}
+    exact = sasg_jax.top_k(0.1, scope=scope)
+    assert not jax.tree.leaves(_compress(exact, tree).memory)
+    compressor = sasg_jax.top_k(0.1, scope=scope, selection="approximate")
+    assert compressor.init_memory(tree) == ((0, 0) if scope == "tensor" else (0,))
+    compress = jax.jit(lambda tree, memory: compressor.compress(tree, memory, None))
+    first = compress(tree, compressor.init_memory(tree))
+    assert len(set(map(float, first.memory))) == len(first.memory)
+    assert all(threshold > 0 for threshold in first.memory)
+    again = compress(tree, first.memory)
+    assert any(map(np.not_equal, again.memory, first.memory))
+
+
+@pytest.mark.parametrize(
+    ("size", "density", "k"),
+    [
+        (100, 0.29, 28),  # 0.29 * 100 is 28.999999999999996
+        (100, 0.01, 1),
+        (99, 0.01, 1),
+        (1, 0.01, 1),
+        (10, 0.5, 5),
+        (11, 0.5, 5),
+        (7, 1, 7),
+        (7, 1.0, 7),
+    ],
+)
+def test_exactly_k_entries(size, density, k):
+    x = jnp.asarray(np.random.default_rng(size).permutation(size) + 1.0, jnp.float32)
+    compressor = sasg_jax.top_k(density)
+    message, remainder, _ = _compress(compressor, x)
+    chex.assert_shape(jax.tree.leaves(message), (k,))
+    kept = np.asarray(jax.jit(compressor.decompress)(message, x))
+    # The largest k of 1..size, at their places.
+    np.testing.assert_array_equal(kept, np.where(x > size - k, x, 0))
+    np.testing.assert_array_equal(remainder, np.where(x > size - k, 0, x))
+
+
+def test_k_of_the_papers_model():
+    """MNIST-FC at 1 %: 4,071 of 407,050 values, 32 bits each."""
+    shapes = [(784, 512), (512,), (512, 10), (10,)]
+    tree = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    assert sum(math.prod(shape) for shape in shapes) == 407_050
+    assert sasg_jax.top_k(0.01).message_size(tree).paper_bits == 32 * (4014 + 5 + 51 + 1)
+    assert sasg_jax.top_k(0.01, scope="tree").message_size(tree).paper_bits == 32 * 4070
+
+
+def test_ties_and_signs():
+    x = jnp.array([1.0, -2.0, 2.0, -2.0, 0.0, 2.0])
+    (message,), _, _ = _compress(sasg_jax.top_k(0.5), x)
+    assert sorted(message.indices.tolist()) == [1, 2, 3]
+    (zeros,), _, _ = _compress(sasg_jax.top_k(0.5), jnp.zeros(6))
+    assert sorted(zeros.indices.tolist()) == [0, 1, 2]
+    np.testing.assert_array_equal(zeros.values, np.zeros(3))
+
+
+def test_scopes_differ_as_they_should():
+    """One scope keeps something of every tensor, the other only the largest of all."""
+    tree = {"large": jnp.array([5.0, 4.0, 3.0, 2.0]), "small": jnp.array([0.1, 0.2, 0.3, 0.4])}
+    _, remainder, _ = _compress(sasg_jax.top_k(0.5), tree)
+    chex.assert_trees_all_equal(
+        remainder, {"large": jnp.array([0.0, 0, 3, 2]), "small": jnp.array([0.1, 0.2, 0, 0])}
+    )
+    _, remainder, _ = _compress(sasg_jax.top_k(0.5, scope="tree"), tree)
+    chex.assert_trees_all_equal(remainder, {"large": jnp.zeros(4), "small": tree["small"]})
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("distribution", ["normal", "constant", "heavy"])
+def test_lemma_1(distribution, density):
+    """||x - C(x)||^2 <= (1 - k/d) ||x||^2; for a constant vector it is an equality."""
+    size = 203
+    x = {
+        "normal": np.random.default_rng(1).normal(size=size),
+        "constant": np.full(size, -2.0),
+        "heavy": np.random.default_rng(2).standard_cauchy(size=size),
+    }[distribution].astype(np.float32)
+    _, remainder, _ = _compress(sasg_jax.top_k(density), jnp.asarray(x))
+    left_out = np.sum(np.square(np.asarray(remainder, np.float64)))
+    bound = (1 - max(1, math.floor(density * size)) / size) * np.sum(np.square(x, dtype=np.float64))
+    assert left_out <= bound * (1 + 1e-12)
+    if distribution == "constant":
+        np.testing.assert_allclose(left_out, bound, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+def test_density_one_is_the_identity(scope):
+    tree = _tree()
+    compressor = sasg_jax.top_k(1, scope=scope)
+    message, remainder, _ = _compress(compressor, tree)
+    chex.assert_trees_all_equal(jax.jit(compressor.decompress)(message, tree), tree)
+    chex.assert_trees_all_equal(remainder, jax.tree.map(jnp.zeros_like, tree))
+
+
+@pytest.mark.parametrize("selection", ["auto", "lax", "pruned"])
+def test_selection_does_not_change_the_message(selection):
+    tree = _tree(seed=3)
+    want = _compress(sasg_jax.top_k(0.05, selection="lax"), tree).remainder
+    got = _compress(sasg_jax.top_k(0.05, selection=selection), tree).remainder
+    chex.assert_trees_all_equal(got, want)
+
+
+# How entries are written --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (256, jnp.uint8),
+        (257, jnp.uint16),
+        (65_536, jnp.uint16),
+        (65_537, jnp.uint32),
+    ],
+)
+def test_index_type_fits_the_tensor(size, dtype):
+    """The last entry of the largest tensor of each index type comes back to its place."""
+    x = jnp.zeros(size).at[-1].set(-7.0)
+    compressor = sasg_jax.top_k(1e-6, selection="lax")
+    message = _compress(compressor, x).message
+    chex.assert_type(message[0].indices, dtype)
+    assert compressor.message_size(x).bytes == 4 + jnp.dtype(dtype).itemsize
+    np.testing.assert_array_equal(jax.jit(compressor.decompress)(message, x), x)
+
+
+def test_says_what_it_is():
+    compressor = sasg_jax.top_k(0.1)
+    is_said = [compressor.exact, compressor.unbiased, compressor.linear, compressor.random]
+    assert is_said == [False] * 4
+    assert sasg_jax.top_k(0.01).name == "top_k(0.01)"
+    named = sasg_jax.top_k(1, scope="tree", selection="approximate")
+    assert named.name == "top_k(1, scope='tree', selection='approximate')"
+    # The exact selections send the same.
+    assert sasg_jax.top_k(0.1, selection="lax").name == sasg_jax.top_k(0.1).name
+
+
+@pytest.mark.parametrize("scope", ["tensor", "tree"])
+def test_a_tree_without_arrays(scope):
+    """As optax.masked leaves it where nothing is selected."""
+    compressor = sasg_jax.top_k(0.1, scope=scope)
+    message, remainder, memory = compressor.compress({"a": ()}, (), None)
+    assert (message, remainder, memory) == ((), {"a": ()}, ())
+    assert compressor.decompress((), {"a": ()}) == {"a": ()}
+    assert compressor.message_size({"a": ()}) == (0, 0)
+
+
+def test_indices_of_large_tensors_without_making_them():
+    """Up to what a params tensor may have, 2**31 - 1 entries."""
+    assert index_dtype(2**31 - 1) == jnp.uint32
+    shape = jax.ShapeDtypeStruct((2**31 - 1,), jnp.bfloat16)
+    k = math.floor(1e-6 * (2**31 - 1))
+    assert sasg_jax.top_k(1e-6).message_size(shape) == (k * (2 + 4), 32 * k)
+
+
+def test_tree_of_too_many_entries():
+    """Their indices would not fit; tensor by tensor they do."""
+    params = {"a": (jax.ShapeDtypeStruct((2**30, 1), jnp.bfloat16),) * 2}
+    compressor = sasg_jax.top_k(1e-6, scope="tree")
+    with pytest.raises(
+        ValueError, match=r"scope='tree'\): params\['a'\]\[1\] takes them to 2147483648"
+    ):
+        compressor.message_size(params)
+    params["a"] = (params["a"][0], jax.ShapeDtypeStruct((2**30 - 1,), jnp.bfloat16))
+    assert compressor.message_size(params).paper_bits == 32 * 2147
+    assert sasg_jax.top_k(1e-6).message_size((params["a"][0],) * 4).paper_bits == 32 * 4 * 1073
+
+
+# Bad arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "density", [0, -1, 1.5, math.nan, math.inf, True, "0.1", None, np.zeros(2)], ids=repr
+)
+def test_density_outside_its_range(density):
+    with pytest.raises(ValueError, match=r"^Expected density=.* in \(0, 1\]\.$"):
+        sasg_jax.top_k(density)
+
+
+def test_bad_choices():
+    with pytest.raises(ValueError, match=r"scope='layer' to be one of 'tensor', 'tree'\.$"):
+        sasg_jax.top_k(0.1, scope="layer")
+    names = r"'auto', 'lax', 'pruned', 'approximate'\.$"
+    with pytest.raises(ValueError, match=rf"selection='sort' to be one of {names}"):
+        sasg_jax.top_k(0.1, selection="sort")
