@@ -164,7 +164,8 @@ def make_train_step(
         return make_there(*given)
 
     if driver == "pmap":
-        return TrainStep(init, _pmapped(one_worker, check, devices, axis_name, donate))
+        mapped = _pmapped(one_worker, check, devices, axis_name, donate)
+        return TrainStep(init, _Step(mapped, mesh))
 
     def step(state, batch, present=None):
         check(state, batch, present)
@@ -188,14 +189,14 @@ def make_train_step(
 
 
 class _Step:
-    """A jitted step that also takes batches that lie on one device where it runs on several."""
+    """A jitted step that also takes what lies on one device where it runs on several."""
 
     def __init__(self, jitted: Any, mesh: Mesh | None):
         self._jitted, self._mesh = jitted, mesh
 
     def __call__(self, state: TrainState, batch: PyTree, present: Any = None) -> Any:
         try:
-            return self._jitted(state, jax.tree.map(self._place, batch), present)
+            return self._jitted(*self._place(state, batch, present))
         except (TypeError, ValueError) as error:
             # What is wrong is said last, not that JAX has hidden some frames.
             notes = getattr(error, "__notes__", [])
@@ -203,14 +204,25 @@ class _Step:
             raise
 
     def lower(self, state: TrainState, batch: PyTree, present: Any = None) -> Any:
-        return self._jitted.lower(state, jax.tree.map(self._place, batch), present)
+        return self._jitted.lower(*self._place(state, batch, present))
 
-    def _place(self, x: Any) -> Any:
-        if self._mesh is None or not _is_tied(x):
-            return x
-        if x.sharding.device_set == set(self._mesh.devices.flat):
-            return x
-        return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(*self._mesh.axis_names)))
+    def _place(self, state: TrainState, batch: PyTree, present: Any) -> tuple[Any, PyTree, Any]:
+        if self._mesh is None:
+            return state, batch, present
+        devices = set(self._mesh.devices.flat)
+
+        def is_elsewhere(x):
+            on_one = lambda where: isinstance(where, SingleDeviceSharding)
+            return _is_tied(x) and (on_one(x.sharding) or x.sharding.device_set != devices)
+
+        def put(x, sharding):
+            return jax.device_put(x, sharding) if is_elsewhere(x) else x
+
+        if any(map(is_elsewhere, jax.tree.leaves(state))):
+            state = jax.tree.map(put, state, drivers.shardings(state, self._mesh))
+        split = NamedSharding(self._mesh, PartitionSpec(*self._mesh.axis_names))
+        batch = jax.tree.map(lambda x: put(x, split), batch)
+        return state, batch, put(present, NamedSharding(self._mesh, PartitionSpec()))
 
 
 def _pmapped(one_worker, check, devices, axis_name, donate):
