@@ -133,6 +133,7 @@ def make_train_step(
 
     def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
         _check_init(direction, params, model_state, key)
+        _check_no_mesh(driver)
         params = as_params(params)
 
         def make(params, model_state, key):
@@ -263,6 +264,15 @@ def _check_init(direction: Direction, params: PyTree, model_state: PyTree, key: 
         raise ValueError(
             f"Expected model_state to {'hold arrays' if direction.has_model_state else 'be empty'}"
             f", as has_model_state={direction.has_model_state}."
+        )
+
+
+def _check_no_mesh(driver: str) -> None:
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    if kinds and (driver == "vmap" or jax.sharding.AxisType.Explicit in kinds):
+        raise ValueError(
+            f"Expected no mesh of jax.set_mesh around a step with driver={driver!r}, which lays its "
+            f"arrays out itself, got one with axes of {kinds}."
         )
 
 
