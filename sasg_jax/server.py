@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.compressors.base import wide
 from sasg_jax.exchanges.shards import one_shard
 from sasg_jax.method import Method
+from sasg_jax.numerics import all_finite, wide
 from sasg_jax.states import ServerState
-from sasg_jax.worker import all_finite
 
 PyTree = Any
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from sasg_jax.compressors.base import Compressed, wide
+from sasg_jax.compressors.base import Compressed
 from sasg_jax.control_flow import update_if
 from sasg_jax.method import Method
+from sasg_jax.numerics import LARGEST_RATE, all_finite, scale, squared_norm
 from sasg_jax.rules.base import View
 from sasg_jax.states import ServerState, WorkerState
 
@@ -100,12 +100,24 @@ def worker_half(
         )
     )
     wants = present & (forced | decision.upload)
-    keys = method.keys(server.round, index)
-    carried = worker.feedback, worker.compressor_memory, worker.rule
-    operands = direction, params, round.learning_rate, keys, wants
     acts = present if method.keeps else wants
-    carried, (message, fits) = update_if(acts, _act(method), carried, *operands)
+    rate, feedback = round.learning_rate, method.feedback
+    fits = _fits(method, acts, decision.sound, direction, worker.feedback, rate)
     uploaded = wants & fits
+    carried, message = update_if(
+        uploaded,
+        _send(method),
+        (worker.feedback, worker.compressor_memory, worker.rule),
+        *(direction, params, rate, method.keys(server.round, index)),
+    )
+    if method.keeps:
+        assert (keep := feedback.keep) is not None
+
+        def keep_direction(memory, direction, rate):
+            return keep(memory, feedback.before(scale(rate, direction), memory)), ()
+
+        kept, _ = update_if(acts & fits & ~wants, keep_direction, carried[0], direction, rate)
+        carried = kept, *carried[1:]
     new_worker = WorkerState(
         *carried,
         staleness=jnp.where(uploaded, 1, worker.staleness + 1).astype(jnp.int32),
@@ -117,43 +129,44 @@ def worker_half(
     return new_worker, Post(message, uploaded)
 
 
-def _act(method: Method) -> Callable[..., tuple[PyTree, PyTree]]:
-    """What a worker does that uploads, or keeps its direction, for :func:`update_if`."""
+def _send(method: Method) -> Callable[..., tuple[PyTree, PyTree]]:
+    """What a worker does that uploads, for :func:`update_if`."""
     compressor, feedback = method.per_link(method.compressor), method.feedback
 
-    def act(carried, direction, params, learning_rate, keys, wants):
-        memory = carried[0]
+    def send(carried, direction, params, learning_rate, keys):
+        memory, compressor_memory, rule_memory = carried
         p = feedback.before(scale(learning_rate, direction), memory)
+        key = method.compressor_key(compressor, keys)
+        compressed = compressor.compress(p, compressor_memory, key)
 
-        def send(carried):
-            memory, compressor_memory, rule_memory = carried
-            key = method.compressor_key(compressor, keys)
-            compressed = compressor.compress(p, compressor_memory, key)
+        def decoded():
+            key = method.decoder_key(compressor, keys)
+            return compressor.decompress(compressed.message, p, key)
 
-            def decoded():
-                key = method.decoder_key(compressor, keys)
-                return compressor.decompress(compressed.message, p, key)
+        memory = feedback.after(memory, compressed, decoded)
+        rule_memory = method.rule.sent(rule_memory, params, direction, learning_rate)
+        return (memory, compressed.memory, rule_memory), compressed.message
 
-            memory = feedback.after(memory, compressed, decoded)
-            rule_memory = method.rule.sent(rule_memory, params, direction, learning_rate)
-            return (memory, compressed.memory, rule_memory), compressed.message
+    return send
 
-        def keep(carried):
-            assert feedback.keep is not None
-            return (feedback.keep(carried[0], p), *carried[1:]), compressor.zero_message(p)
 
-        def refuse(carried):
-            return carried, compressor.zero_message(p)
+def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
+    """Whether p = γ g + e is finite, for a worker that acts.
 
-        fits = all_finite(p)
-        if method.keeps:
-            branch = jnp.where(fits, jnp.where(wants, 0, 1), 2)
-            carried, message = lax.switch(branch, (send, keep, refuse), carried)
-        else:
-            carried, message = lax.cond(fits, send, refuse, carried)
-        return carried, (message, fits)
+    A residual is finite, and far from the largest numbers where it moves by small ones: p need be
+    made and looked at only where nobody has seen that g is far from them, or in half precision.
+    """
+    if any(jnp.finfo(x.dtype).max < 1e30 for x in jax.tree.leaves(direction)):
+        sound = jnp.asarray(False)
+    elif sound is None:
+        sound = jnp.isfinite(squared_norm(direction))
+    if rate is not None:
+        sound &= rate <= LARGEST_RATE
 
-    return act
+    def look(_, direction, memory, rate):
+        return (), ~all_finite(method.feedback.before(scale(rate, direction), memory))
+
+    return ~update_if(acts & ~sound, look, (), direction, memory, rate)[1]
 
 
 def worker_half_with_mean(
@@ -193,24 +206,6 @@ def worker_half_with_mean(
         finite=fits | ~jnp.asarray(present),
     )
     return new_worker, decoded
-
-
-def all_finite(tree: PyTree) -> jax.Array:
-    """Whether no entry is NaN or infinite. ``# shape=(), dtype=bool``"""
-    flags = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
-
-
-def scale(learning_rate: jax.Array | None, tree: PyTree) -> PyTree:
-    """γ x, with the products taken in at least float32; x where there is no rate."""
-    if learning_rate is None:
-        return tree
-
-    def leaf(x):
-        dtype = wide(x.dtype)
-        return (learning_rate.astype(dtype) * x.astype(dtype)).astype(x.dtype)
-
-    return jax.tree.map(leaf, tree)
 
 
 def _missing(params: PyTree) -> PyTree:

@@ -118,8 +118,3 @@ def _message_shapes(compressor: Compressor, treedef: Any, leaves: tuple[Any, ...
         return averaged
 
     return jax.eval_shape(message, tree, jax.eval_shape(lambda: jax.random.key(0)))
-
-
-def wide(dtype: Any) -> Any:
-    """The type in which numbers of ``dtype`` are added: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from sasg_jax.compressors.base import Compressed, Compressor, wide
+from sasg_jax.compressors.base import Compressed, Compressor
 from sasg_jax.control_flow import sum_rows
+from sasg_jax.numerics import wide
 
 
 def identity() -> Compressor:

@@ -11,7 +11,8 @@ from jax import lax
 
 from sasg_jax import selection as selection_lib
 from sasg_jax._checks import check_choice, check_density
-from sasg_jax.compressors.base import Compressed, Compressor, wide
+from sasg_jax.compressors.base import Compressed, Compressor
+from sasg_jax.numerics import wide
 
 PyTree = Any
 

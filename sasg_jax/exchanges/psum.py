@@ -6,10 +6,10 @@ import jax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from sasg_jax.compressors.base import wide
 from sasg_jax.control_flow import sum_rows
 from sasg_jax.exchanges.base import Exchange, Links, Needs, over_workers
 from sasg_jax.exchanges.flags import tell_all, tell_all_links
+from sasg_jax.numerics import wide
 
 PyTree = Any
 

@@ -45,6 +45,9 @@ class Decision(NamedTuple):
 
     upload: jax.Array  # shape=(), dtype=jnp.bool_
     measured: jax.Array  # for the report, in the threshold's units. shape=(), dtype=jnp.float32
+    sound: jax.Array | None = None
+    """Whether it has seen that no entry of the direction is beyond 1e24; None if it has not looked.
+    Saves looking once more. shape=(), dtype=jnp.bool_"""
 
 
 def _nothing(*args: Any) -> PyTree:
@@ -90,18 +93,3 @@ class Rule:
     begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = _no_threshold
     sent: Callable[[PyTree, PyTree, PyTree, Any], PyTree] = lambda memory, *upload: memory
     end: Callable[[PyTree, Round], PyTree] = lambda shared, round: shared
-
-
-def squared_norm(tree: PyTree) -> jax.Array:
-    """‖x‖² over all leaves. ``# shape=(), dtype=float32``"""
-    leaves = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
-    return sum(leaves, jnp.zeros((), jnp.float32))
-
-
-def squared_distance(a: PyTree, b: PyTree) -> jax.Array:
-    """‖a - b‖² over all leaves. ``# shape=(), dtype=float32``"""
-
-    def leaf(x, y):
-        return jnp.sum(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)))
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), jnp.zeros((), jnp.float32))

@@ -23,7 +23,8 @@ from jax import lax
 
 from sasg_jax._checks import check_bool, check_int, expected, is_real
 from sasg_jax.control_flow import for_all
-from sasg_jax.rules.base import Decision, Round, Rule, View, squared_distance
+from sasg_jax.numerics import squared_distance, squared_distance_if_sound
+from sasg_jax.rules.base import Decision, Round, Rule, View
 from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
 
 PyTree = Any
@@ -119,13 +120,13 @@ def innovation(
                 stale_params = read_recent(view.shared.recent_params, uploaded_in)
             else:
                 stale_params = view.memory.stale_params
-            return squared_distance(view.direction, view.reevaluate(stale_params))
+            return squared_distance_if_sound(view.direction, view.reevaluate(stale_params))
 
-        # Zero, not NaN, in place of what is not measured: jax_debug_nans would report it.
-        measured = lax.cond(for_all(forced), lambda: jnp.zeros((), jnp.float32), measure)
-        measured = jnp.where(forced, 0, measured)
+        # Not NaN in place of what is not measured: jax_debug_nans would report it.
+        found = lax.cond(for_all(forced), lambda: jnp.full((), jnp.inf, jnp.float32), measure)
+        measured = jnp.where(forced, 0, found)
         # Written so that an innovation that is not a number uploads.
-        return Decision(forced | ~(measured <= view.threshold), measured)
+        return Decision(forced | ~(measured <= view.threshold), measured, jnp.isfinite(found))
 
     def sent(memory: StaleParams, params: PyTree, direction: PyTree, learning_rate: Any):
         del memory, direction
