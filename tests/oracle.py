@@ -1,13 +1,17 @@
 """The algorithm as a plain NumPy loop: the reference that the library is tested against.
 
-Nothing here is fast and nothing is shared with the library. M workers hold a residual ``e``, the
-parameters ``w_s`` of their last upload and (at the server) their last message. In round t
+Nothing here is fast and nothing is shared with the library. M workers hold a residual ``e`` (or a
+reconstruction ``h``), the parameters ``w_s`` and the rate ``gamma_s`` of their last upload and (at
+the server) their last message. In round t (`train`)
 
-1. a worker computes ``g`` at ``w_t`` and ``g'`` at ``w_s``, on the same batch (`train`);
-2. it stays silent when ``||g - g'||^2`` is at most the threshold (`stays_silent`), unless it is
-   `max_staleness` rounds stale or t < D;
-3. otherwise it sends ``C(gamma g + e)`` and keeps the rest (`upload`);
-4. the server steps with the mean of everybody's last message (`server_step`).
+1. a worker computes its direction ``g`` at ``w_t``, e.g. a gradient;
+2. it decides whether to upload: always, in turn (`in_turn`), or by rule (6): it computes ``g'`` at
+   ``w_s`` on the same batch and stays silent when ``||g - g'||^2`` is at most the threshold
+   (`stays_silent`), unless it must upload (`must_upload`);
+3. one that uploads sends ``C(gamma g + beta e)`` and keeps the rest, or sends ``C(gamma g - h)``
+   and adds it to ``h`` (`upload`);
+4. the server steps with the mean of what everybody counts as (`server_step`), and what follows the
+   server makes the parameters' step of it (``after``).
 
 A *tree* is a dict of float32 arrays; every tree of a run has the keys and shapes of ``params``.
 Trees are replaced, never written into, so that keeping one needs no copy.
@@ -30,9 +34,10 @@ Weights = float | Sequence[float]  # alpha_d: one number for every d, or D of th
 class Trace:
     """What happened in a run of T rounds with M workers.
 
-    Without an upload rule (``alpha=None``) ``innovation`` and ``threshold`` are zero; so is the
-    innovation where a worker must upload anyway or its gradient is not finite. Before its first
-    upload a worker counts as beyond the staleness cap (``staleness`` is max_staleness + t).
+    Without an upload rule that measures (``alpha=None``) ``innovation`` and ``threshold`` are zero;
+    so is the innovation where a worker must upload anyway, is absent or its gradient is not finite.
+    Before its first upload a worker counts as beyond the staleness cap (``staleness`` is
+    max_staleness + t; 1 + t where nothing forces uploads).
     """
 
     params: Tree  # after the last round
@@ -41,8 +46,13 @@ class Trace:
     threshold: np.ndarray  # shape=(T,), dtype=float32
     staleness: np.ndarray  # shape=(T, M), dtype=int: tau as the round began
     residuals: list[Tree]  # M trees, after the last round
+    reconstructions: list[Tree]  # M trees, after the last round
     downlink_residual: Tree  # after the last round; zero when the downlink is not compressed
     params_history: list[Tree]  # T + 1 trees: before round 0, after round 0, ...
+    margin: float
+    """How far the closest choice was from going the other way: the smallest relative distance of an
+    entry that was sent to one that was not, or of an innovation to the threshold. Two programs that
+    round otherwise need not agree on a closer one."""
 
 
 @dataclass
@@ -51,6 +61,7 @@ class Message:
 
     values: Tree  # shape=(k,) each, or the tensor's own shape when dense
     indices: Tree | None  # shape=(k,) each, dtype=int: positions in the flattened tensor
+    margin: float = np.inf  # see `Trace`
 
 
 @dataclass
@@ -58,8 +69,10 @@ class Worker:
     """One worker's state, and the server's memory of its last message."""
 
     residual: Tree
+    reconstruction: Tree
     stale_params: Tree
     last_upload: int  # round s
+    last_rate: np.float32  # gamma_s
     message: Message
 
 
@@ -69,34 +82,51 @@ def train(
     *,
     num_workers: int,
     rounds: int,
-    learning_rate: float | Callable[[int], float],
+    learning_rate: float | Callable[[int], float] | None,
     density: float | None = None,
     alpha: Weights | Callable[[float], Weights] | None = None,
+    turn: tuple[int, bool] | None = None,
     max_staleness: int = 10,
     history: int = 10,
+    silence: str | None = None,
+    feedback: str = "residual",
+    decay: float = 1.0,
     downlink_density: float | None = None,
     scope: str = "tensor",
+    present: np.ndarray | None = None,
+    after: Callable[[Tree], Tree] = lambda step: step,
 ) -> Trace:
-    """Runs the algorithm: SGD, Sparse, LASG or SASG, by ``density`` and ``alpha``.
+    """Runs the algorithm: SGD, Sparse, LASG, SASG, and their neighbours.
 
     Args:
-      grad: ``grad(worker, round, params)``, the gradient on that worker's batch of that round.
+      grad: ``grad(worker, round, params)``, the direction on that worker's batch of that round.
       params: w_0, a tree.
       num_workers: M.
       rounds: T; rounds are numbered from 0.
-      learning_rate: gamma, or a function of the round.
+      learning_rate: gamma, or a function of the round; None where only ``after`` has one.
       density: kept fraction k/d of an upload; None sends everything.
       alpha: weight of a step in the threshold, or ``history`` of them (nearest step first), or a
-        function of gamma returning either; None makes every worker upload in every round.
-      max_staleness: a worker this stale uploads.
+        function of gamma returning either; with None rule (6) is not used.
+      turn: a period, and whether workers are staggered; with neither everybody always uploads.
+      max_staleness: a worker this stale uploads, by rule (6).
       history: D, the steps that the threshold looks back on and the rounds that all upload in.
+      silence: what one that sends nothing counts as: its last message ("reuse"), nothing ("keep",
+        and a silent worker's residual takes in its direction), or nothing in a mean over senders
+        ("drop"). None is "reuse" for rule (6), else "keep".
+      feedback: "residual", "reconstruction" or "none".
+      decay: beta, what of a residual is left when it is used.
       downlink_density: kept fraction of the server's step, tensor by tensor; None sends it whole.
       scope: k entries of each "tensor" of an upload, of the whole "tree", or of each of the M
         "shards" of every tensor (both ways).
+      present: who takes part; None is everybody. shape=(T, M), dtype=bool
+      after: what the optimiser behind makes of the server's step: what w loses.
     """
     M, D = num_workers, history
+    silence = silence or ("keep" if alpha is None else "reuse")
+    cap = 1 if alpha is None else max_staleness
+    empty = compress(zeros_like(params), None)
     workers = [
-        Worker(zeros_like(params), params, -max_staleness, compress(zeros_like(params), None))
+        Worker(zeros_like(params), zeros_like(params), params, -cap, np.float32(0), empty)
         for _ in range(M)
     ]
     downlink_residual = zeros_like(params)
@@ -105,36 +135,49 @@ def train(
     staleness = np.zeros((rounds, M), int)
     threshold = np.zeros(rounds + D, np.float32)  # every step adds to the D rounds after it
     params_history = [params]
+    margin = np.inf
 
     for t in range(rounds):
-        gamma = np.float32(learning_rate(t) if callable(learning_rate) else learning_rate)
+        rate = learning_rate(t) if callable(learning_rate) else learning_rate
+        gamma = np.float32(1 if rate is None else rate)
 
         for m, worker in enumerate(workers):
-            g = grad(m, t, params)
             staleness[t, m] = t - worker.last_upload
-            if not is_finite(g):
+            g = grad(m, t, params)
+            if not is_finite(g) or (present is not None and not present[t, m]):
                 continue  # silent, and as stale as ever
-            may_skip = alpha is not None and t >= D and staleness[t, m] < max_staleness
-            if may_skip:
+            silent = turn is not None and not in_turn(t, m, *turn)
+            if alpha is not None and not must_upload(
+                t, staleness[t, m], gamma, worker.last_rate, max_staleness, D
+            ):
                 innovation[t, m] = squared_norm(subtract(g, grad(m, t, worker.stale_params)))
-                if stays_silent(innovation[t, m], threshold[t]):
-                    continue
+                silent = stays_silent(innovation[t, m], threshold[t])
+                margin = min(margin, relative_gap(innovation[t, m], threshold[t]))
+            if silent:
+                if silence == "keep":
+                    worker.residual = add(scaled(gamma, g), scaled(decay, worker.residual))
+                continue
             uploaded[t, m] = True
-            worker.message, worker.residual = upload(g, gamma, worker.residual, density, scope, M)
-            worker.stale_params = params
-            worker.last_upload = t
+            upload(worker, scaled(gamma, g), feedback, decay, density, scope, M)
+            margin = min(margin, worker.message.margin)
+            worker.stale_params, worker.last_upload = params, t
+            worker.last_rate = gamma if rate is not None else np.float32(0)
 
-        step, downlink_residual = server_step(
-            [worker.message for worker in workers],
+        step, downlink_residual, down_margin = server_step(
+            counted(workers, uploaded[t], silence, feedback),
+            max(1, uploaded[t].sum()) if silence == "drop" else M,
             downlink_residual,
             downlink_density,
             "tensor" if scope == "tree" else scope,
+            M,
         )
-        params = subtract(params, step)
+        margin = min(margin, down_margin)
+        step = after(step)
+        old, params = params, subtract(params, step)
         params_history.append(params)
         if alpha is not None:
             alphas = step_weights(alpha, gamma, D)
-            threshold[t + 1 : t + 1 + D] += alphas * squared_norm(step) / M**2
+            threshold[t + 1 : t + 1 + D] += alphas * squared_norm(subtract(params, old)) / M**2
 
     return Trace(
         params=params,
@@ -143,12 +186,33 @@ def train(
         threshold=threshold[:rounds],
         staleness=staleness,
         residuals=[worker.residual for worker in workers],
+        reconstructions=[worker.reconstruction for worker in workers],
         downlink_residual=downlink_residual,
         params_history=params_history,
+        margin=float(margin),
     )
 
 
 # The lines of the algorithm -----------------------------------------------------------------------
+
+
+def in_turn(t: int, m: int, period: int, staggered: bool) -> bool:
+    """Whether it is worker m's turn in round t."""
+    return (t + m if staggered else t) % period == 0
+
+
+def must_upload(
+    t: int,
+    staleness: int,
+    gamma: np.float32,
+    last_rate: np.float32,
+    max_staleness: int,
+    history: int,
+) -> bool:
+    """Whether rule (6) does not apply: at the start, at the cap, and where the server would go on
+    applying a message of more than twice the rate, or of any rate where it is zero now."""
+    rate_fell = gamma == 0 or gamma < last_rate / 2
+    return t < history or staleness >= max_staleness or bool(rate_fell)
 
 
 def stays_silent(innovation: np.float32, threshold: np.float32) -> bool:
@@ -159,40 +223,73 @@ def stays_silent(innovation: np.float32, threshold: np.float32) -> bool:
 def step_weights(
     alpha: Weights | Callable[[float], Weights], gamma: np.float32, history: int
 ) -> np.ndarray:
-    """What a step made at ``gamma`` weighs d = 1..D rounds later: shape=(D,), dtype=float32."""
-    weights = alpha(float(gamma)) if callable(alpha) else alpha
-    return np.broadcast_to(np.asarray(weights, np.float32), (history,))
+    """What a step made at ``gamma`` weighs d = 1..D rounds later: shape=(D,), dtype=float32.
+
+    Nothing, where alpha of that rate is not a finite number.
+    """
+    try:
+        weights = np.asarray(alpha(float(gamma)) if callable(alpha) else alpha, np.float32)
+    except ZeroDivisionError:
+        weights = np.float32(0)
+    return np.broadcast_to(np.where(np.isfinite(weights), weights, 0), (history,))
 
 
 def upload(
-    g: Tree,
-    gamma: np.float32,
-    residual: Tree,
+    worker: Worker,
+    x: Tree,
+    feedback: str,
+    decay: float,
     density: float | None,
     scope: str,
     num_workers: int,
-) -> tuple[Message, Tree]:
-    """Returns the message C(p), where p = gamma g + e, and the new residual p - C(p)."""
-    p = {name: gamma * g[name] + residual[name] for name in g}
-    message = compress(p, density, scope, num_workers)
-    return message, subtract(p, decode(message, p))
+) -> None:
+    """Makes the worker's message of x = gamma g, and keeps what its feedback keeps."""
+    p = x
+    if feedback == "residual":
+        p = add(x, scaled(decay, worker.residual))
+    elif feedback == "reconstruction":
+        p = subtract(x, worker.reconstruction)
+    worker.message = compress(p, density, scope, num_workers)
+    sent = decode(worker.message, p)
+    if feedback == "residual":
+        worker.residual = subtract(p, sent)
+    elif feedback == "reconstruction":
+        worker.reconstruction = add(worker.reconstruction, sent)
+
+
+def counted(
+    workers: list[Worker], uploaded: np.ndarray, silence: str, feedback: str
+) -> list[Message]:
+    """The messages that the server adds up."""
+    if feedback == "reconstruction":  # all of each worker's messages, this round's too
+        return [Message(worker.reconstruction, None) for worker in workers]
+    if silence == "reuse":
+        return [worker.message for worker in workers]
+    return [worker.message for worker, sent in zip(workers, uploaded, strict=True) if sent]
 
 
 def server_step(
-    messages: list[Message], residual: Tree, downlink_density: float | None, scope: str
-) -> tuple[Tree, Tree]:
-    """Returns the step (what w loses) and the downlink residual.
+    messages: list[Message],
+    count: int,
+    residual: Tree,
+    downlink_density: float | None,
+    scope: str,
+    num_workers: int,
+) -> tuple[Tree, Tree, float]:
+    """Returns the server's step, the mean of ``count`` messages, the downlink residual, and the
+    margin of what was sent.
 
-    The step is the mean of all workers' last messages, fresh or stale. A compressed downlink sends
-    the top of (mean + residual) and keeps the rest; what was sent is the step.
+    A compressed downlink sends the top of (mean + residual) and keeps the rest; what was sent is
+    the step.
     """
     total = zeros_like(residual)
     for message in messages:
         total = add(total, decode(message, total))
-    mean = {name: x / np.float32(len(messages)) for name, x in total.items()}
+    mean = {name: x / np.float32(count) for name, x in total.items()}
     wanted = add(mean, residual)
-    sent = decode(compress(wanted, downlink_density, scope, len(messages)), wanted)
-    return sent, subtract(wanted, sent)
+    message = compress(wanted, downlink_density, scope, num_workers)
+    sent = decode(message, wanted)
+    return sent, subtract(wanted, sent), message.margin
 
 
 # Compression --------------------------------------------------------------------------------------
@@ -204,15 +301,17 @@ def compress(
     """Keeps the entries of largest magnitude; ``density=None`` keeps the tree as it is."""
     if density is None:
         return Message(values=tree, indices=None)
-    if scope == "shards":
-        indices = {
-            name: top_k_of_shards(x.ravel(), density, num_shards) for name, x in tree.items()
-        }
+    if scope == "tree":
+        indices, margin = top_k_of_all(tree, density)
     else:
-        indices = {"tensor": top_k_of_each, "tree": top_k_of_all}[scope](tree, density)
-    return Message(
-        values={name: tree[name].ravel()[indices[name]] for name in tree}, indices=indices
-    )
+        kept = {
+            name: top_k_of_shards(x.ravel(), density, num_shards if scope == "shards" else 1)
+            for name, x in tree.items()
+        }
+        indices = {name: of_tensor for name, (of_tensor, _) in kept.items()}
+        margin = min(margin for _, margin in kept.values())
+    values = {name: tree[name].ravel()[indices[name]] for name in tree}
+    return Message(values, indices, margin)
 
 
 def decode(message: Message, like: Tree) -> Tree:
@@ -225,39 +324,44 @@ def decode(message: Message, like: Tree) -> Tree:
     return dense
 
 
-def top_k_of_each(tree: Tree, density: float) -> Tree:
-    """Flat indices of the top k of every tensor, k counted from that tensor's size."""
-    return {name: top_k(x.ravel(), density) for name, x in tree.items()}
-
-
-def top_k_of_all(tree: Tree, density: float) -> Tree:
+def top_k_of_all(tree: Tree, density: float) -> tuple[Tree, float]:
     """Flat indices, tensor by tensor, of one top k over all tensors joined in sorted-key order."""
-    kept = top_k(np.concatenate([tree[name].ravel() for name in sorted(tree)]), density)
+    kept, margin = top_k(np.concatenate([tree[name].ravel() for name in sorted(tree)]), density)
     indices, start = {}, 0
     for name in sorted(tree):
         end = start + tree[name].size
         indices[name] = kept[(start <= kept) & (kept < end)] - start
         start = end
-    return indices
+    return indices, margin
 
 
-def top_k_of_shards(x: np.ndarray, density: float, num_shards: int) -> np.ndarray:
+def top_k_of_shards(x: np.ndarray, density: float, num_shards: int) -> tuple[np.ndarray, float]:
     """The top k of each of equal shards of x, the last ones filled up with zeros."""
     size = math.ceil(x.size / num_shards)
     filled = np.zeros(num_shards * size, x.dtype)
     filled[: x.size] = x
-    kept = [
-        start + top_k(filled[start : start + size], density)
-        for start in range(0, filled.size, size)
-    ]
+    kept, margin = [], np.inf
+    for start in range(0, filled.size, size):
+        of_shard, margin_of_shard = top_k(filled[start : start + size], density)
+        kept.append(start + of_shard)
+        margin = min(margin, margin_of_shard)
     kept = np.concatenate(kept)
-    return kept[kept < x.size]
+    return kept[kept < x.size], margin
 
 
-def top_k(x: np.ndarray, density: float) -> np.ndarray:
-    """Indices of the k largest magnitudes of x, shape=(n,); of equals, the first."""
+def top_k(x: np.ndarray, density: float) -> tuple[np.ndarray, float]:
+    """Indices of the k largest magnitudes of x, shape=(n,), of equals the first; and the margin."""
     k = max(1, math.floor(density * x.size))
-    return np.argsort(-np.abs(x), kind="stable")[:k]
+    order = np.argsort(-np.abs(x), kind="stable")
+    margin = relative_gap(*np.abs(x[order[k - 1 : k + 1]])) if k < x.size else np.inf
+    return order[:k], margin
+
+
+def relative_gap(a: np.floating, b: np.floating) -> float:
+    """The distance of two magnitudes, of the larger; zeros, which all programs find equal, are
+    infinitely apart."""
+    larger = max(abs(a), abs(b))
+    return float(abs(a - b) / larger) if larger > 0 else np.inf
 
 
 # Trees --------------------------------------------------------------------------------------------
@@ -271,6 +375,11 @@ def zeros_like(tree: Tree) -> Tree:
 def add(a: Tree, b: Tree) -> Tree:
     """a + b, entry by entry."""
     return {name: a[name] + b[name] for name in a}
+
+
+def scaled(factor: float, tree: Tree) -> Tree:
+    """factor * x in float32, entry by entry; the tree itself where the factor is one."""
+    return tree if factor == 1 else {name: np.float32(factor) * x for name, x in tree.items()}
 
 
 def subtract(a: Tree, b: Tree) -> Tree:
@@ -288,7 +397,20 @@ def is_finite(tree: Tree) -> bool:
     return all(bool(np.isfinite(x).all()) for x in tree.values())
 
 
-# A small problem ----------------------------------------------------------------------------------
+# Small problems -----------------------------------------------------------------------------------
+
+
+def softmax_grad(params: Tree, images: np.ndarray, labels: np.ndarray) -> Tree:
+    """The gradient of the mean cross-entropy of a linear classifier, with params b and w.
+
+    images shape=(batch, features), labels shape=(batch,)
+    """
+    logits = images @ params["w"] + params["b"]
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    p[np.arange(len(labels)), labels] -= 1
+    p /= len(labels)
+    return {"b": p.sum(axis=0), "w": images.T @ p}
 
 
 def init_params(rng: np.random.Generator, features: int, hidden: int, classes: int) -> Tree:

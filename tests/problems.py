@@ -61,6 +61,27 @@ def mlp_step(num_workers: int, name: str, driver: str = "vmap") -> sasg_jax.Trai
     )
 
 
+# The smallest classifier: two tensors, so that a step is soon compiled ----------------------------
+
+
+def softmax_loss(params, batch):
+    """What `oracle.softmax_grad` is the gradient of."""
+    images, labels = batch
+    log_probabilities = jax.nn.log_softmax(images @ params["w"] + params["b"][None])
+    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
+
+
+def softmax_params():
+    w = np.random.default_rng(0).normal(size=(12, 5))
+    return {"b": np.zeros(5, np.float32), "w": 0.3 * w.astype(np.float32)}
+
+
+@functools.cache
+def softmax_batches(num_workers: int, rounds: int):
+    """So noisy that rule (6) finds news in about half of the rounds."""
+    return oracle.make_batches(1, rounds, num_workers, 4, 12, 5, noise=3.0)
+
+
 # Quadratics: worker m's loss is ||params - centre_m||^2 / 2 ---------------------------------------
 
 
@@ -183,3 +204,16 @@ def same_on_all_devices(tree: Any) -> bool:
 def to_numpy(tree: Any) -> Any:
     """A copy on the host that later donation cannot touch."""
     return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def scan_rounds(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``state, infos = run(state, rounds)``: all rounds in one compiled loop.
+
+    Args:
+      step: ``state, info = step(state, *round)``, e.g. that of a train step.
+    """
+
+    def run(state, rounds):
+        return jax.lax.scan(lambda state, round: step(state, *round), state, rounds)
+
+    return run
