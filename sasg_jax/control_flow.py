@@ -156,7 +156,7 @@ def add_rows(total: jax.Array, rows: jax.Array) -> jax.Array:
 def refuse_collectives(fn: Callable[..., PyTree], axis_name: str) -> Callable[..., PyTree]:
     """``fn``, which must not use collectives over ``axis_name``.
 
-    Workers that need not evaluate it do not, and those that do would wait for them for ever.
+    Where not all workers evaluate it at once, those that do would wait for the others for ever.
 
     Raises:
       ValueError: it does; when it is called.
@@ -167,10 +167,10 @@ def refuse_collectives(fn: Callable[..., PyTree], axis_name: str) -> Callable[..
         if primitive := _find_collective(closed.jaxpr, axis_name):
             raise ValueError(
                 f"Expected a loss without collectives over axis {axis_name!r}, found "
-                f"{primitive!r} (e.g. of BatchNorm(axis_name=...)). Only the workers that need it "
-                "evaluate the gradient once more, and would wait for the others for ever. Let "
-                "each worker keep its own statistics, or use a rule that does not compare, e.g. "
-                "sasg_jax.always()."
+                f"{primitive!r} (e.g. of BatchNorm(axis_name=...)), where not all workers evaluate "
+                "it at once: they would wait for each other for ever. Let each worker keep its "
+                "own statistics, or use a rule that does not compare, e.g. sasg_jax.always(), "
+                "without chunk_size."
             )
         outputs = jaxpr_as_fun(closed)(*jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)

@@ -4,6 +4,7 @@ Each is a function of a worker's round, and of a state in which a worker's own p
 axis over workers.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sasg_jax._checks import expected
-from sasg_jax.control_flow import add_rows, same_on_all, zero_after
+from sasg_jax.control_flow import add_rows, refuse_collectives, same_on_all, zero_after
 from sasg_jax.directions import Direction
 from sasg_jax.states import ServerState, diagnostics
 from sasg_jax.train_state import (
@@ -26,7 +27,7 @@ from sasg_jax.train_state import (
     keep_if,
     owners,
 )
-from sasg_jax.transform import Transformation, join_simulated
+from sasg_jax.transform import Transformation, check_present, join_simulated
 
 PyTree = Any
 WorkerRound = Callable[[TrainState, PyTree, Any], tuple[TrainState, RoundInfo]]
@@ -135,6 +136,9 @@ def simulate_in_chunks(
     """
     check_chunks(tx, chunk_size)
     assert isinstance(tx, Transformation)
+    present = check_present(present, num_workers)
+    evaluate_alone = refuse_collectives(direction.evaluate, axis_name)
+    direction = dataclasses.replace(direction, evaluate=evaluate_alone)
     method, own_parts = tx.method, owners(state)
     to_one = map_own(lambda x: x[0], own_parts, state)
     own = keep_own_parts(own_parts, state)

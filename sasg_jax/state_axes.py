@@ -12,6 +12,7 @@ over them. These helpers find those parts in any optax state that contains ours:
 """
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,14 +71,26 @@ def worker_specs(opt_state: PyTree, axis_name: str = "workers") -> PyTree:
 
 def stack_workers(opt_state: PyTree, num_workers: int) -> PyTree:
     """Gives every worker its own copy of its parts: one worker's state, as ``tx.init`` makes it,
-    becomes the state of all, with a leading axis of ``num_workers`` on those parts.
+    becomes the state of all, with a leading axis of ``num_workers`` on those parts. Of a PRNG key
+    in them each gets a key of its own.
     """
     check_int("num_workers", num_workers, minimum=1)
-
-    def stack(own, x):
-        return jnp.broadcast_to(x, (num_workers, *jnp.shape(x))) if own else jnp.asarray(x)
-
+    copies = for_each_worker(num_workers)
+    stack = lambda own, x: copies(x) if own else jnp.asarray(x)
     return jax.tree.map(stack, per_worker(opt_state), opt_state)
+
+
+def for_each_worker(num_workers: int) -> Callable[[Any], jax.Array]:
+    """Makes of an array a copy for each worker; of a PRNG key, a key of its own for each."""
+
+    def copies(x):
+        x = jnp.asarray(x, jnp.result_type(x))  # a weak type would change in the first round
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            fold = lambda worker: jax.vmap(lambda key: jax.random.fold_in(key, worker))(x.ravel())
+            return jax.vmap(fold)(jnp.arange(num_workers)).reshape(num_workers, *x.shape)
+        return jnp.broadcast_to(x, (num_workers, *x.shape))
+
+    return copies
 
 
 def keep_own(opt_state: PyTree, old: PyTree, used: jax.Array) -> PyTree:

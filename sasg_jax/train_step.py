@@ -23,7 +23,8 @@ from sasg_jax._checks import (
     expected,
 )
 from sasg_jax.directions import Direction, as_direction
-from sasg_jax.state_axes import MULTI_STEPS, stack_workers
+from sasg_jax.state_axes import MULTI_STEPS, for_each_worker, stack_workers
+from sasg_jax.states import find_state
 from sasg_jax.train_state import TrainState, worker_round
 
 PyTree = Any
@@ -119,6 +120,9 @@ def make_train_step(
         )
 
     def check(state, batch, present):
+        made_for = find_state(state.opt_state).wire.num_workers
+        if made_for != num_workers:
+            raise expected("num_workers", num_workers, f"to be that of the state, {made_for}")
         _check_batch(batch, num_workers, direction.steps)
         if driver != "vmap":
             # The simulation refuses to return as shared what depends on the worker. On devices it
@@ -140,12 +144,9 @@ def make_train_step(
             return TrainState(
                 params=params,
                 opt_state=stack_workers(tx.init(params), num_workers),
-                model_state=jax.tree.map(_for_each_worker(num_workers), model_state),
+                model_state=jax.tree.map(for_each_worker(num_workers), model_state),
                 keys=() if key is None else jax.random.split(key, num_workers),
-                direction=jax.tree.map(
-                    lambda x: jnp.broadcast_to(x, (num_workers, *jnp.shape(x))),
-                    direction.init(params),
-                ),
+                direction=jax.tree.map(for_each_worker(num_workers), direction.init(params)),
             )
 
         if mesh is None:
@@ -243,19 +244,6 @@ def _pmapped(one_worker, check, devices, axis_name, donate):
     return step
 
 
-def _for_each_worker(num_workers: int) -> Callable[[Any], jax.Array]:
-    """Each worker's own copy; of a key, a key of its own."""
-
-    def copy(x):
-        x = jnp.asarray(x)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            fold = lambda worker: jax.vmap(lambda key: jax.random.fold_in(key, worker))(x.ravel())
-            return jax.vmap(fold)(jnp.arange(num_workers)).reshape(num_workers, *x.shape)
-        return jnp.broadcast_to(x, (num_workers, *x.shape))
-
-    return copy
-
-
 def _check_init(direction: Direction, params: PyTree, model_state: PyTree, key: Any) -> None:
     check_not_empty(params)
     if direction.has_key != (key is not None):
@@ -271,8 +259,8 @@ def _check_no_mesh(driver: str) -> None:
     kinds = jax.sharding.get_abstract_mesh().axis_types
     if kinds and (driver == "vmap" or jax.sharding.AxisType.Explicit in kinds):
         raise ValueError(
-            f"Expected no mesh of jax.set_mesh around a step with driver={driver!r}, which lays its "
-            f"arrays out itself, got one with axes of {kinds}."
+            f"Expected no mesh of jax.set_mesh around a step with driver={driver!r}, which says "
+            f"itself where its arrays lie, got one with axes of {kinds}."
         )
 
 

@@ -222,6 +222,7 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
         return PipelineState(before.init(params), aggregated, after.init(params))
 
     def worker_part(grads, state, params, index, present, grad_fn):
+        _check_kind(state, PipelineState)
         passed, new_before = before.update(grads, state.before, params)
 
         def passed_grad_fn(at):
@@ -260,6 +261,7 @@ def _from_method(method: Method) -> Transformation:
         )
 
     def worker_part(grads, state, params, index, present, grad_fn):
+        _check_state(method, state)
         check_like("grads", grads, params)
         direction = jax.tree.map(lambda g, p: jnp.asarray(g, p.dtype), grads, params)
 
@@ -319,8 +321,7 @@ def _transformation(method, init, worker_part, server_part, find_ours) -> Transf
         params = as_params(params)
         check_mapped_axis(axis_name, method.num_workers)
         _check_not_summed(updates, axis_name)
-        _check_state(method, find_ours(state))
-        present = _check_present(present, method.num_workers)
+        present = check_present(present, method.num_workers)
         index = lax.axis_index(axis_name)
         mine = True if present is None else present[index]
         state, post = worker_part(updates, state, params, index, mine, grad_fn)
@@ -352,8 +353,17 @@ def join_simulated(method: Method, server, rows: PyTree, uploaded, present, para
     return serve(method, server, rows, flags, params)
 
 
+def _check_kind(state: Any, kind: type) -> None:
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"Expected a state that this optimiser has made, {kind.__name__}, got one of "
+            f"{type(state).__name__}. Make a state with tx.init."
+        )
+
+
 def _check_state(method: Method, state: Any) -> None:
     """Raises ValueError for a state that another method has made."""
+    _check_kind(state, AggregateState)
     made_for = dict(state.wire.method)
     for name, value in method.settings:
         if made_for.get(name) != value:
@@ -363,7 +373,7 @@ def _check_state(method: Method, state: Any) -> None:
             )
 
 
-def _check_present(present: Any, num_workers: int) -> jax.Array | None:
+def check_present(present: Any, num_workers: int) -> jax.Array | None:
     if present is None:
         return None
     present = jnp.asarray(present)
