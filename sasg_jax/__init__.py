@@ -16,7 +16,7 @@ from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
 from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
 from sasg_jax.feedback import Feedback, Reconstruction, Residual, none, reconstruction, residual
 from sasg_jax.ledger import Ledger
-from sasg_jax.method import Method, make_method
+from sasg_jax.method import Method, Parts, make_method
 from sasg_jax.rules import Decision, Round, Rule, View, always, every, innovation, released_alpha
 from sasg_jax.server import init_server, server_half
 from sasg_jax.state_axes import per_worker, stack_workers, worker_axes, worker_specs
@@ -54,6 +54,7 @@ __all__ = [
     "MessageSize",
     "Method",
     "Needs",
+    "Parts",
     "PipelineState",
     "Post",
     "Reconstruction",

@@ -20,39 +20,28 @@ Args:
   max_staleness: an upload is forced when the last one is this many rounds back.
   history: D, how many past steps the threshold sums over.
   share_stale_params: see :func:`sasg_jax.innovation`.
-  silence, downlink, exchange, axis_name: see :func:`sasg_jax.aggregate`.
+  **parts: any others, e.g. downlink, exchange, silence: see :class:`sasg_jax.Parts`.
 
 References: Deng et al., `Communication-Efficient Distributed Learning via Sparse and Adaptive
 Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
 """
 
+from typing import Unpack
+
 import optax
 
-from sasg_jax.compressors import Compressor, identity, top_k
-from sasg_jax.exchanges import Exchange
+from sasg_jax.compressors import identity, top_k
+from sasg_jax.method import Parts
 from sasg_jax.rules import Rule, always, innovation, released_alpha
 from sasg_jax.rules.innovation import Alpha, AlphaFn
 from sasg_jax.transform import Transformation, compressed_sgd
 
 
 def sgd(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    num_workers: int,
-    downlink: Compressor | None = None,
-    exchange: str | Exchange | None = None,
-    axis_name: str = "workers",
+    learning_rate: optax.ScalarOrSchedule, *, num_workers: int, **parts: Unpack[Parts]
 ) -> Transformation:
     """Distributed SGD: everybody sends the whole gradient in every round."""
-    return compressed_sgd(
-        learning_rate,
-        identity(),
-        always(),
-        num_workers=num_workers,
-        downlink=downlink,
-        exchange=exchange,
-        axis_name=axis_name,
-    )
+    return compressed_sgd(learning_rate, identity(), always(), num_workers=num_workers, **parts)
 
 
 def sparse_sgd(
@@ -61,20 +50,11 @@ def sparse_sgd(
     num_workers: int,
     density: float = 0.01,
     selection: str = "auto",
-    downlink: Compressor | None = None,
-    exchange: str | Exchange | None = None,
-    axis_name: str = "workers",
+    **parts: Unpack[Parts],
 ) -> Transformation:
     """Sparsified SGD with memory: everybody sends the top k in every round."""
-    return compressed_sgd(
-        learning_rate,
-        top_k(density, selection=selection),
-        always(),
-        num_workers=num_workers,
-        downlink=downlink,
-        exchange=exchange,
-        axis_name=axis_name,
-    )
+    top = top_k(density, selection=selection)
+    return compressed_sgd(learning_rate, top, always(), num_workers=num_workers, **parts)
 
 
 def lasg(
@@ -85,25 +65,14 @@ def lasg(
     max_staleness: int = 10,
     history: int = 10,
     share_stale_params: bool = False,
-    silence: str | None = None,
-    downlink: Compressor | None = None,
-    exchange: str | Exchange | None = None,
-    axis_name: str = "workers",
+    **parts: Unpack[Parts],
 ) -> Transformation:
     """Lazily aggregated SGD: whole gradients, from workers whose gradient has changed enough.
 
     The server keeps the last gradient of every worker: M copies of the parameters' size.
     """
-    return compressed_sgd(
-        learning_rate,
-        identity(),
-        _rule(alpha, num_workers, max_staleness, history, share_stale_params),
-        num_workers=num_workers,
-        silence=silence,
-        downlink=downlink,
-        exchange=exchange,
-        axis_name=axis_name,
-    )
+    rule = _rule(alpha, num_workers, max_staleness, history, share_stale_params)
+    return compressed_sgd(learning_rate, identity(), rule, num_workers=num_workers, **parts)
 
 
 def sasg(
@@ -116,10 +85,7 @@ def sasg(
     max_staleness: int = 10,
     history: int = 10,
     share_stale_params: bool = False,
-    silence: str | None = None,
-    downlink: Compressor | None = None,
-    exchange: str | Exchange | None = None,
-    axis_name: str = "workers",
+    **parts: Unpack[Parts],
 ) -> Transformation:
     """Sparse and adaptive SGD: the top k, from workers whose gradient has changed enough.
 
@@ -132,16 +98,9 @@ def sasg(
             updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
             return optax.apply_updates(params, updates), opt_state
     """
-    return compressed_sgd(
-        learning_rate,
-        top_k(density, selection=selection),
-        _rule(alpha, num_workers, max_staleness, history, share_stale_params),
-        num_workers=num_workers,
-        silence=silence,
-        downlink=downlink,
-        exchange=exchange,
-        axis_name=axis_name,
-    )
+    rule = _rule(alpha, num_workers, max_staleness, history, share_stale_params)
+    top = top_k(density, selection=selection)
+    return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **parts)
 
 
 def _rule(

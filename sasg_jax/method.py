@@ -1,7 +1,7 @@
 """A method: the parts of one algorithm, checked once."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,36 @@ from sasg_jax.states import Wire
 PyTree = Any
 
 
+class Parts(TypedDict, total=False):
+    """The parts of a method that need not be said, as keyword arguments."""
+
+    feedback: Feedback | None
+    """What becomes of what a message leaves out: :func:`sasg_jax.residual` by default, or
+    :func:`sasg_jax.none` for a compressor that is exact or unbiased."""
+    silence: str | None
+    """What a silent worker counts as: ``"reuse"``, its last message again (the paper's);
+    ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a mean
+    over those that sent. By default what suits the rule: ``"reuse"`` for
+    :func:`sasg_jax.innovation`, ``"keep"`` for :func:`sasg_jax.every`."""
+    coder: Coder | None
+    """How a message is written; as it is by default."""
+    downlink: Compressor | None
+    """Compressor of the way down, e.g. ``top_k(0.01)``; dense by default."""
+    downlink_coder: Coder | None
+    """How the server's message is written."""
+    exchange: str | Exchange | None
+    """How messages travel, one of :data:`sasg_jax.exchanges.EXCHANGES` by name or an object of
+    one's own. By default what suits: ``"server"`` with a ``downlink``; ``"lazy"`` where workers may
+    be silent; ``"psum"`` where all always send messages that add up; else ``"gather"``."""
+    key: Any
+    """For a compressor that draws at random. Each round and worker folds it anew."""
+    axis_name: str
+    """Name of the mapped axis over workers, ``"workers"`` by default."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The parts of one algorithm, as :func:`make_method` has checked them.
-
-    What stands for each is said where :func:`sasg_jax.aggregate` takes it.
-    """
+    """The parts of one algorithm, as :func:`make_method` has checked them."""
 
     compressor: Compressor
     rule: Rule

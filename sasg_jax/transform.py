@@ -9,7 +9,7 @@ around either. :mod:`sasg_jax.algorithms` has the named methods.
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,9 @@ import optax
 from jax import lax
 
 from sasg_jax._checks import as_params, check_learning_rate, check_like, check_mapped_axis
-from sasg_jax.coders import Coder
 from sasg_jax.compressors import Compressor
 from sasg_jax.control_flow import refuse_collectives
-from sasg_jax.exchanges import Exchange
-from sasg_jax.feedback import Feedback
-from sasg_jax.method import Method, make_method
+from sasg_jax.method import Method, Parts, make_method
 from sasg_jax.rules import Rule
 from sasg_jax.server import finish, init_server, serve, served
 from sasg_jax.states import AggregateState, PipelineState, register_with_flax
@@ -78,40 +75,19 @@ def aggregate(
     rule: Rule | None = None,
     *,
     num_workers: int,
-    feedback: Feedback | None = None,
-    silence: str | None = None,
-    coder: Coder | None = None,
-    downlink: Compressor | None = None,
-    downlink_coder: Coder | None = None,
-    exchange: str | Exchange | None = None,
-    key: Any = None,
-    axis_name: str = "workers",
+    **parts: Unpack[Parts],
 ) -> Transformation:
     """Replaces each worker's gradient by the mean of messages, before any optimiser.
 
-    Stands where ``lax.pmean(grads, axis_name)`` stood::
+    Stands where ``lax.pmean(grads, "workers")`` stood::
 
         tx = sasg_jax.pipeline(sasg_jax.aggregate(num_workers=8), optax.adamw(3e-4))
 
     Args:
       compressor: what a worker sends; ``top_k(0.01)`` by default.
       rule: when it sends; :func:`sasg_jax.always` by default.
-      num_workers: M, the size of the axis ``axis_name``.
-      feedback: what becomes of what a message leaves out: :func:`sasg_jax.residual` by default, or
-        :func:`sasg_jax.none` for a compressor that is exact or unbiased.
-      silence: what a silent worker counts as: ``"reuse"``, its last message again (the paper's);
-        ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a
-        mean over those that sent. By default what suits the rule: ``"reuse"`` for
-        :func:`sasg_jax.innovation`, ``"keep"`` for :func:`sasg_jax.every`.
-      coder: how a message is written, e.g. :func:`sasg_jax.plain`, the default.
-      downlink: compressor of the way down, e.g. ``top_k(0.01)``; None sends it dense.
-      downlink_coder: how the server's message is written.
-      exchange: how messages travel, one of :data:`sasg_jax.exchanges.EXCHANGES` by name, or an
-        :class:`sasg_jax.Exchange`. None is what suits: ``"server"`` with a ``downlink``; ``"lazy"``
-        where workers may be silent; ``"psum"`` where all always send messages that add up; else
-        ``"gather"``.
-      key: of a compressor that draws at random. Each round and worker folds it anew.
-      axis_name: name of the mapped axis over workers.
+      num_workers: M, the size of the mapped axis over workers.
+      **parts: any others, see :class:`sasg_jax.Parts`.
 
     Returns:
       A transformation whose ``update(grads, state, params, *, grad_fn=None, present=None)`` runs as
@@ -124,21 +100,7 @@ def aggregate(
     Raises:
       ValueError: an argument is out of its range, or does not go with the others.
     """
-    return _from_method(
-        make_method(
-            compressor,
-            rule,
-            num_workers=num_workers,
-            feedback=feedback,
-            silence=silence,
-            coder=coder,
-            downlink=downlink,
-            downlink_coder=downlink_coder,
-            exchange=exchange,
-            key=key,
-            axis_name=axis_name,
-        )
-    )
+    return _from_method(make_method(compressor, rule, num_workers=num_workers, **_flat(parts)))
 
 
 def compressed_sgd(
@@ -147,46 +109,31 @@ def compressed_sgd(
     rule: Rule | None = None,
     *,
     num_workers: int,
-    feedback: Feedback | None = None,
-    silence: str | None = None,
-    coder: Coder | None = None,
-    downlink: Compressor | None = None,
-    downlink_coder: Coder | None = None,
-    exchange: str | Exchange | None = None,
-    key: Any = None,
-    axis_name: str = "workers",
+    **parts: Unpack[Parts],
 ) -> Transformation:
-    """Distributed SGD with any parts: a complete optimiser, with the learning rate γ inside the
-    compressor.
+    """Distributed SGD with any parts: a complete optimiser, with the rate inside the compressor.
 
     Workers compress γ g + e, and the update is the negative mean. So a step keeps the rate of the
     round that its gradient was made in, however long a residual held it back.
 
     Args:
       learning_rate: γ, a number above 0 or an optax schedule of the round.
-      compressor: this and all other arguments are those of :func:`aggregate`.
+      compressor, rule, num_workers, **parts: as for :func:`aggregate`.
 
     >>> import sasg_jax
     >>> tx = compressed_sgd(0.05, sasg_jax.top_k(0.01), sasg_jax.every(4), num_workers=8)
     >>> tx.method.exchange.name, tx.method.silence
     ('lazy', 'keep')
     """
+    rate = check_learning_rate(learning_rate)
     return _from_method(
-        make_method(
-            compressor,
-            rule,
-            learning_rate=check_learning_rate(learning_rate),
-            num_workers=num_workers,
-            feedback=feedback,
-            silence=silence,
-            coder=coder,
-            downlink=downlink,
-            downlink_coder=downlink_coder,
-            exchange=exchange,
-            key=key,
-            axis_name=axis_name,
-        )
+        make_method(compressor, rule, learning_rate=rate, num_workers=num_workers, **_flat(parts))
     )
+
+
+def _flat(parts: Any) -> dict[str, Any]:
+    """``parts``, which ``optax.inject_hyperparams`` hands on as one argument of that name."""
+    return {**parts.pop("parts", {}), **parts}
 
 
 def pipeline(*transformations: optax.GradientTransformation) -> Transformation:

@@ -111,7 +111,8 @@ def worker_half(
         *(direction, params, rate, method.keys(server.round, index)),
     )
     if method.keeps:
-        assert (keep := feedback.keep) is not None
+        assert feedback.keep is not None
+        keep = feedback.keep
 
         def keep_direction(memory, direction, rate):
             return keep(memory, feedback.before(scale(rate, direction), memory)), ()
@@ -156,7 +157,7 @@ def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
     A residual is finite, and far from the largest numbers where it moves by small ones: p need be
     made and looked at only where nobody has seen that g is far from them, or in half precision.
     """
-    if any(jnp.finfo(x.dtype).max < 1e30 for x in jax.tree.leaves(direction)):
+    if any(float(jnp.finfo(x.dtype).max) < 1e30 for x in jax.tree.leaves(direction)):
         sound = jnp.asarray(False)
     elif sound is None:
         sound = jnp.isfinite(squared_norm(direction))

@@ -95,7 +95,7 @@ class Exchange:
         memory, *operands
     )
     spread: Callable[[PyTree, str], PyTree] = lambda down, axis_name: down
-    mean: Callable[[PyTree, str], PyTree] | None = None
+    mean: Callable[..., PyTree] | None = None
     sums: bool = False
     sharded: bool = False
     forwards: bool = False
