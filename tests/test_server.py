@@ -1,5 +1,7 @@
 """The server's half of a round: its memory, the mean, and the way down."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,66 +12,213 @@ import pytest
 from problems import M
 
 import sasg_jax
-from sasg_jax.server import init_server, replace_messages
+from sasg_jax.server import init_server, replace_messages, server_half
+from sasg_jax.worker import init_worker, worker_half
 
-PARAMS = problems.quadratic_params()
+PARAMS = problems.to_numpy(problems.quadratic_params())
+RULE = sasg_jax.innovation(10.0, history=2, max_staleness=4)
+TOP_K, WIDE_TOP_K = sasg_jax.top_k(0.25), sasg_jax.top_k(0.5)
 
 
 def test_replaces_the_messages_that_arrived():
-    old = {"values": jnp.arange(12.0).reshape(4, 3), "n": jnp.arange(4)}
+    old = {"values": np.arange(12.0, dtype=np.float32).reshape(4, 3), "n": np.arange(4)}
     fresh = jax.tree.map(lambda x: -x - 1, old)
     got = replace_messages(old, fresh, jnp.array([True, False, False, True]))
     want = {
         "values": np.array([[-1, -2, -3], [3, 4, 5], [6, 7, 8], [-10, -11, -12]], np.float32),
-        "n": np.array([-1, 1, 2, -4], np.int32),
+        "n": np.array([-1, 1, 2, -4]),
     }
-    chex.assert_trees_all_equal(got, want)
+    chex.assert_trees_all_equal(problems.to_numpy(got), want)
 
 
-@pytest.mark.parametrize("compressor", [sasg_jax.identity(), sasg_jax.top_k(0.25)])
-def test_memory_of_the_server(compressor):
-    """One message of each worker where workers may be silent; none where they never are."""
-    rule = sasg_jax.innovation(1.0, history=7)
+# What it remembers --------------------------------------------------------------------------------
 
-    def init(rule, downlink, keep_params):
-        return init_server(
-            compressor, rule, downlink, PARAMS, num_workers=M, keep_params=keep_params
+
+def _init(*parts, **kwargs):
+    method = sasg_jax.make_method(*parts, num_workers=M, **kwargs)
+    return jax.eval_shape(lambda: init_server(method, PARAMS))
+
+
+@pytest.mark.parametrize("compressor", [sasg_jax.identity(), TOP_K], ids=["identity", "top_k"])
+def test_remembers_a_message_of_each_worker_where_a_silent_one_counts_as_its_last(compressor):
+    message = compressor.message_shapes(PARAMS)
+    rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct((M, *s.shape), s.dtype), message)
+    chex.assert_trees_all_equal_shapes_and_dtypes(_init(compressor, RULE).memory, rows)
+    for rule, silence in ((RULE, "keep"), (RULE, "drop"), (sasg_jax.always(), None)):
+        assert _init(compressor, rule, silence=silence).memory == ()
+
+
+def test_remembers_the_sum_of_reconstructions():
+    """In float32: sums of numbers in half precision need not fit."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    method = sasg_jax.make_method(TOP_K, num_workers=M, feedback=sasg_jax.reconstruction())
+    memory = jax.eval_shape(lambda: init_server(method, half)).memory
+    chex.assert_trees_all_equal_shapes_and_dtypes(memory, PARAMS)
+
+
+def test_has_a_residual_where_the_way_down_is_compressed():
+    residual = _init(downlink=TOP_K).downlink_feedback.residual
+    chex.assert_trees_all_equal_shapes_and_dtypes(residual, PARAMS)
+    assert _init(downlink=sasg_jax.identity()).downlink_feedback == ()
+    assert _init().downlink_feedback == ()
+
+
+# One round ----------------------------------------------------------------------------------------
+
+
+def _messages(values):
+    """Dense messages of all workers: every entry of worker m's is values[m]."""
+    return jax.tree.map(lambda x: np.stack([np.full_like(x, value) for value in values]), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("silence", "steps"),
+    [("reuse", [2.5, (10 + 2 + 3 + 40) / 4]), ("keep", [2.5, 12.5]), ("drop", [2.5, 25.0])],
+)
+def test_what_a_silent_worker_counts_as(silence, steps):
+    """All upload 1, 2, 3, 4, then workers 0 and 3 upload 10 and 40, and nobody does."""
+    method = sasg_jax.make_method(
+        sasg_jax.identity(), RULE, num_workers=M, silence=silence, learning_rate=1.0
+    )
+    half = jax.jit(functools.partial(server_half, method))
+    server = init_server(method, PARAMS)
+    uploads = ([1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0])
+    messages = ([1, 2, 3, 4], [10, 99, 99, 40], [99, 99, 99, 99])
+    last = steps[-1] if silence == "reuse" else 0.0
+    for uploaded, values, want in zip(uploads, messages, [*steps, last], strict=True):
+        step, server = half(server, _messages(values), np.asarray(uploaded, bool), PARAMS)
+        chex.assert_trees_all_equal(
+            problems.to_numpy(step), jax.tree.map(lambda x, w=want: np.full_like(x, w), PARAMS)
+        )
+    assert int(server.round) == 3
+
+
+def test_way_down_conserves():
+    """Bit for bit: step + new residual = mean + old residual."""
+    method = sasg_jax.make_method(
+        sasg_jax.identity(), num_workers=M, downlink=TOP_K, learning_rate=1.0
+    )
+    half = jax.jit(functools.partial(server_half, method))
+    server = init_server(method, PARAMS)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        messages = jax.tree.map(lambda x: rng.normal(size=(M, *x.shape)).astype(np.float32), PARAMS)
+        old = server.downlink_feedback.residual
+        step, server = half(server, messages, None, PARAMS)
+        new = server.downlink_feedback.residual
+        mean = jax.tree.map(lambda x: (((x[0] + x[1]) + x[2]) + x[3]) / np.float32(4), messages)
+        chex.assert_trees_all_equal(
+            jax.tree.map(np.add, step, new), jax.tree.map(np.add, mean, old)
+        )
+        for x in jax.tree.leaves(step):
+            assert np.count_nonzero(x) == x.size // 4
+
+
+@pytest.mark.parametrize("downlink", [None, WIDE_TOP_K], ids=["dense", "top_k"])
+def test_mean_in_half_precision_is_that_of_the_numbers(downlink):
+    """Four times 30,000 is no number of float16; their mean is."""
+    params = jax.tree.map(lambda x: x.astype(np.float16), PARAMS)
+    method = sasg_jax.make_method(
+        sasg_jax.identity(), num_workers=M, downlink=downlink, learning_rate=1.0
+    )
+    messages = jax.tree.map(lambda x: np.full((M, *x.shape), 30_000, np.float16), params)
+    step, server = server_half(method, init_server(method, params), messages, None, params)
+    sent = jax.tree.map(lambda x: x.size if downlink is None else x.size // 2, params)
+    for name, x in step.items():
+        assert x.dtype == np.float16
+        assert np.sort(x.ravel()).tolist() == [0.0] * (x.size - sent[name]) + [3e4] * sent[name]
+    assert bool(server.finite)
+
+
+@pytest.mark.parametrize("downlink", [None, TOP_K], ids=["dense", "top_k"])
+def test_step_that_is_not_finite_is_not_made(downlink):
+    """Two numbers of float32 whose sum is none: the round leaves no trace but its number."""
+    method = sasg_jax.make_method(
+        sasg_jax.identity(), num_workers=M, downlink=downlink, learning_rate=1.0
+    )
+    half = jax.jit(functools.partial(server_half, method))
+    messages = _messages([1.0, 2.0, 3.0, 4.0])
+    _, before = half(init_server(method, PARAMS), messages, None, PARAMS)
+    step, after = half(before, _messages([3e38, 3e38, 0, 0]), None, PARAMS)
+    assert not any(np.any(x) for x in jax.tree.leaves(step))
+    assert not bool(after.finite)
+    assert int(after.round) == 2
+    chex.assert_trees_all_equal(after.downlink_feedback, before.downlink_feedback)
+    step, after = half(after, messages, None, PARAMS)
+    assert bool(after.finite)
+    assert any(np.any(x) for x in jax.tree.leaves(step))
+
+
+def test_counts_rounds_no_further_than_the_type_goes():
+    method = sasg_jax.make_method(sasg_jax.identity(), num_workers=M, learning_rate=1.0)
+    last = np.iinfo(np.int32).max
+    server = init_server(method, PARAMS)._replace(round=jnp.int32(last))
+    _, server = server_half(method, server, _messages([1, 1, 1, 1]), None, PARAMS)
+    assert int(server.round) == last
+
+
+# Both halves, joined by a loop --------------------------------------------------------------------
+
+METHODS = {
+    "sasg": ((TOP_K, RULE), {}, {"density": 0.25, "alpha": 10.0}),
+    "two_way": (
+        (TOP_K, RULE),
+        {"downlink": WIDE_TOP_K},
+        {"density": 0.25, "alpha": 10.0, "downlink_density": 0.5},
+    ),
+    "turn": ((TOP_K, sasg_jax.every(2)), {}, {"density": 0.25, "turn": (2, True)}),
+    "reconstruction": (
+        (TOP_K, sasg_jax.every(2)),
+        {"feedback": sasg_jax.reconstruction()},
+        {"density": 0.25, "turn": (2, True), "feedback": "reconstruction"},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two_way", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "two_way")],
+)
+def test_halves_joined_by_a_loop_are_the_oracles(name):
+    """No map over workers, no collective: whatever brings the messages."""
+    parts, others, arguments = METHODS[name]
+    rounds, rate = 12, 0.25
+    method = sasg_jax.make_method(*parts, num_workers=M, learning_rate=rate, **others)
+    centres = problems.centres(rounds=rounds, seed=7)
+    expected = oracle.train(
+        lambda m, t, params: oracle.subtract(params, problems.at(problems.at(centres, t), m)),
+        PARAMS,
+        num_workers=M,
+        rounds=rounds,
+        learning_rate=rate,
+        history=2,
+        max_staleness=4,
+        **arguments,
+    )
+
+    @jax.jit
+    def work(worker, server, centre, params, index):
+        def direction(at):
+            return jax.tree.map(jnp.subtract, at, centre)
+
+        return worker_half(
+            method, worker, server, direction(params), params, index=index, reevaluate=direction
         )
 
-    state = init(rule, sasg_jax.top_k(0.1), True)
-    message, _, _ = compressor.compress(PARAMS)
-    chex.assert_trees_all_equal_shapes_and_dtypes(
-        state.messages, jax.tree.map(lambda x: jnp.stack([x] * M), message)
-    )
-    chex.assert_shape(state.history, (7,))
-    chex.assert_trees_all_equal(state.downlink_residual, PARAMS)
-    chex.assert_trees_all_equal(state.previous_params, PARAMS)
-
-    state = init(sasg_jax.always(), sasg_jax.identity(), False)
-    assert state.messages == state.downlink_residual == state.previous_params == ()
-    assert init(rule, sasg_jax.identity(), False).downlink_residual == ()
-
-
-def test_a_round_is_the_oracles_loop():
-    """The update is minus the mean of everybody's last message, fresh or stale."""
-    density, rate = 0.25, 0.5
-    tx = sasg_jax.sasg(rate, num_workers=M, density=density, history=1, alpha=1e9)
-    run = problems.start(tx, PARAMS)
-    step = problems.map_workers(tx, run)
-    first, second = (problems.centres(seed=seed) for seed in (1, 2))
-    run = step(run, first)  # everybody uploads in round 0
-
-    def message(centre, params):
-        gradient = {k: rate * (np.asarray(params[k]) - centre[k]) for k in params}
-        return oracle.compress(gradient, density)
-
-    messages = [message(problems.at(first, m), problems.to_numpy(PARAMS)) for m in range(M)]
-    decoded = [oracle.decode(x, problems.to_numpy(PARAMS)) for x in messages]
-    mean = {k: np.mean([tree[k] for tree in decoded], axis=0) for k in PARAMS}
-    want = {k: PARAMS[k] - mean[k] for k in PARAMS}
-    chex.assert_trees_all_close(run.params, want, atol=1e-6)
-
-    run = step(run, second)  # nobody does in round 1, and the same step is made again
-    assert not np.any(sasg_jax.diagnostics(run.opt_state).uploaded)
-    want = {k: PARAMS[k] - 2 * mean[k] for k in PARAMS}
-    chex.assert_trees_all_close(run.params, want, atol=1e-6)
+    half = jax.jit(functools.partial(server_half, method))
+    workers = [init_worker(method, PARAMS)] * M
+    server, params = init_server(method, PARAMS), PARAMS
+    for t in range(rounds):
+        posts = []
+        for m in range(M):
+            centre = problems.at(problems.at(centres, t), m)
+            workers[m], post = work(workers[m], server, centre, params, m)
+            posts.append(post)
+        messages = jax.tree.map(lambda *xs: np.stack(xs), *(post.message for post in posts))
+        uploaded = np.stack([post.uploaded for post in posts])
+        np.testing.assert_array_equal(uploaded, expected.uploaded[t])
+        step, server = half(server, messages, uploaded, params)
+        params = oracle.subtract(params, problems.to_numpy(step))
+    assert expected.margin > 1e-5
+    assert not expected.uploaded.all()
+    chex.assert_trees_all_close(params, expected.params, atol=1e-6)
