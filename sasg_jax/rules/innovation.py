@@ -174,7 +174,8 @@ def released_alpha(c: float, num_workers: int) -> AlphaFn:
 def weights(alpha: Alpha | AlphaFn, learning_rate: Any, history: int) -> jax.Array:
     """The α_d that the step made with ``learning_rate`` gets. ``# shape=(D,), dtype=float32``
 
-    Zero where alpha is a function that is not finite there: a rate that has decayed to zero.
+    Zero where alpha is a function that is not finite there, or negative: a rate that has decayed to
+    zero, or below it by a rounding.
 
     Raises:
       ValueError: alpha is a function and returned a wrong shape.
@@ -182,7 +183,7 @@ def weights(alpha: Alpha | AlphaFn, learning_rate: Any, history: int) -> jax.Arr
     if callable(alpha):
         alpha = jnp.asarray(alpha(learning_rate), jnp.float32)
         _check_alpha_shape(alpha, alpha.shape, history)
-        alpha = jnp.where(jnp.isfinite(alpha), alpha, 0)
+        alpha = jnp.where(jnp.isfinite(alpha) & (alpha > 0), alpha, 0)
     return jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (history,))
 
 
