@@ -177,7 +177,7 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
 
         passed_fn = None if grad_fn is None else passed_grad_fn
         worker, post = ours.worker_part(passed, state.aggregate, params, index, present, passed_fn)
-        keep = lambda new, old: jnp.where(worker.worker.used, new, old)
+        keep = lambda new, old: jnp.where(ours.find_ours(worker).worker.used, new, old)
         new_before = jax.tree.map(keep, new_before, state.before)
         return PipelineState(new_before, worker, state.after), post
 
@@ -186,7 +186,7 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
         updates, new_after = after.update(updates, state.after, params, **extra_args)
         return updates, PipelineState(state.before, aggregated, new_after)
 
-    find_ours = lambda state: state.aggregate
+    find_ours = lambda state: ours.find_ours(state.aggregate)
     return _transformation(ours.method, init, worker_part, server_part, find_ours)
 
 
