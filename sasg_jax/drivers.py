@@ -25,6 +25,7 @@ from sasg_jax.train_state import (
     TrainState,
     evaluate,
     keep_if,
+    mean_loss,
     owners,
 )
 from sasg_jax.transform import Transformation, check_present, join_simulated
@@ -215,7 +216,9 @@ def simulate_in_chunks(
     kept, down = join_simulated(
         method, tx.find_ours(opt_state).server, collected, infos.uploaded, present, params
     )
-    extra = {"value": infos.loss.mean()} if pass_value else {}
+    there = True if present is None else present
+    value = mean_loss(infos.loss, there, lambda tree: jax.tree.map(jnp.sum, tree))
+    extra = {"value": value} if pass_value else {}
     updates, opt_state = tx.server_part(opt_state, kept, down, params, extra)
     ours = tx.find_ours(opt_state)
     new_state = TrainState(

@@ -1,5 +1,6 @@
 """What a training run carries and reports, and one worker's round of it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from jax import lax
 
 from sasg_jax.directions import Direction, Evaluation
+from sasg_jax.numerics import wide
 from sasg_jax.state_axes import keep_own, per_worker
 from sasg_jax.states import diagnostics, find_state
 from sasg_jax.transform import before_ours
@@ -99,7 +101,8 @@ def worker_round(
       batch: its own.
       present: who takes part, the same on all workers; None for all. ``# shape=(M,), dtype=bool``
       axis_name: the mapped axis.
-      pass_value: whether to pass the mean loss over workers to ``tx.update`` as ``value=``.
+      pass_value: whether to pass the mean loss to ``tx.update`` as ``value=``, over workers that
+        take part and whose loss is finite.
 
     Guarantees:
       - Of what a worker carries, a round in which its direction counts for nothing (its gradient
@@ -109,7 +112,8 @@ def worker_round(
     made, grad_fn = evaluate(direction, tx, state, batch)
     extra = {} if present is None else {"present": present}
     if pass_value:
-        extra["value"] = lax.pmean(made.loss, axis_name)
+        there = True if present is None else present[lax.axis_index(axis_name)]
+        extra["value"] = mean_loss(made.loss, there, lambda x: lax.psum(x, axis_name))
     updates, opt_state = tx.update(
         made.direction, state.opt_state, state.params, grad_fn=grad_fn, **extra
     )
@@ -120,6 +124,16 @@ def worker_round(
         **keep_if(used, made, state),
     )
     return new_state, RoundInfo(made.loss, *diagnostics(opt_state), made.aux)
+
+
+def mean_loss(loss: jax.Array, there: Any, add: Callable[[PyTree], PyTree]) -> jax.Array:
+    """The mean of the losses that are finite, over workers that take part; ``add`` sums over them.
+
+    A worker whose gradient is refused has no part in what all do with the loss.
+    """
+    counts = jnp.isfinite(loss) & there
+    total, count = add((jnp.where(counts, loss.astype(wide(loss.dtype)), 0), counts.astype(int)))
+    return (total / jnp.maximum(count, 1)).astype(loss.dtype)
 
 
 def keep_if(used: jax.Array, made: Evaluation, state: TrainState) -> dict[str, PyTree]:

@@ -78,8 +78,8 @@ def make_train_step(
       chunk_size: how many of the simulated workers compute at a time. Only their gradients are then
         in memory. None is all at once. See also ``share_stale_params`` of :func:`sasg_jax.sasg`.
       donate: whether ``step`` may reuse the memory of the state it is given.
-      pass_value: whether ``tx`` needs ``value=``, the loss: it gets the mean over workers, a sum of
-        4 bytes that the ledger does not count.
+      pass_value: whether ``tx`` needs ``value=``, the loss: it gets the mean over workers that take
+        part and have a finite one, a sum of 8 bytes that the ledger does not count.
 
     Raises:
       ValueError: an argument is out of its range, or there are too few devices. When the step is
