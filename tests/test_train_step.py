@@ -1,7 +1,8 @@
 """make_train_step: one function for vmap, pmap and shard_map; models with state and randomness."""
 
 import functools
-from typing import Any
+import logging
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -16,7 +17,6 @@ from jax.sharding import PartitionSpec
 from problems import DENSITY, DRIVERS, LEARNING_RATE, METHODS, M
 
 import sasg_jax
-from sasg_jax.transform import find_state
 
 PARAMS = problems.quadratic_params()
 
@@ -27,128 +27,225 @@ def _make(tx=None, loss_fn=problems.quadratic_loss, **kwargs):
     return sasg_jax.make_train_step(loss_fn, tx, **arguments)
 
 
-# A run that stops and goes on ---------------------------------------------------------------------
+# One run with everything, under every driver ------------------------------------------------------
+
+ROUNDS = 8
+BATCHES = problems.centres(rounds=ROUNDS, seed=1)
+
+
+def _losses(params, batch, *, model_state, key):
+    """A quadratic, with noise that its gradient has and the innovation has not; and statistics like
+    those of BatchNorm, of what the parameters make of the batch."""
+    noise = jax.random.normal(key, params["b"].shape)
+    loss = problems.quadratic_loss(params, batch) + jnp.vdot(noise, params["b"])
+    activations = batch["w"] * (1 + params["w"])
+    mean = 0.9 * model_state["mean"] + 0.1 * activations.mean(0)
+    new_state = {"mean": mean, "count": model_state["count"] + 1}
+    return loss, (new_state, {"noise": noise, "at": params["b"]})
+
+
+@functools.cache
+def _train_step(driver) -> sasg_jax.TrainStep:
+    tx = METHODS["two_way"](LEARNING_RATE, num_workers=M, history=1, alpha=30.0)
+    return _make(tx, _losses, driver=driver, has_aux=True, has_model_state=True, has_key=True)
+
+
+def _init(driver, seed=7):
+    model_state = {"mean": jnp.ones(6), "count": jnp.zeros((), jnp.int32)}
+    return _train_step(driver).init(PARAMS, model_state, jax.random.PRNGKey(seed))
+
+
+class Run(NamedTuple):
+    states: list  # before every round, and after the last
+    infos: Any  # of all rounds
+    compilations: list  # of the step, by round
+
+
+@functools.cache
+def _run(driver) -> Run:
+    step = problems.one_at_a_time(_train_step(driver).step)
+    state, states, infos, compilations = _init(driver), [], [], []
+    for t in range(ROUNDS):
+        states.append(problems.to_numpy(state))
+        compiled = []
+        with jax.log_compiles(), _Records(compiled):
+            state, info = step(state, problems.at(BATCHES, t))
+        compilations.append(sum("Finished XLA compilation" in message for message in compiled))
+        infos.append(problems.to_numpy(info))
+    states.append(problems.to_numpy(state))
+    return Run(states, jax.tree.map(lambda *xs: np.stack(xs), *infos), compilations)
+
+
+class _Records(logging.Handler):
+    """Collects what jax logs."""
+
+    def __init__(self, messages):
+        super().__init__()
+        self.messages = messages
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+    def __enter__(self):
+        self.logger = logging.getLogger("jax")
+        self.propagates, self.logger.propagate = self.logger.propagate, False
+        self.logger.addHandler(self)
+
+    def __exit__(self, *exception):
+        self.logger.removeHandler(self)
+        self.logger.propagate = self.propagates
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_step_is_compiled_once(driver):
+    first, *others = _run(driver).compilations
+    assert first > 0
+    assert not any(others)
+
+
+def test_drivers_agree():
+    want = _run("vmap")
+    for driver in ("pmap", "shard_map"):
+        got = _run(driver)
+        chex.assert_trees_all_close(got.states, want.states, atol=1e-5)
+        chex.assert_trees_all_close(got.infos, want.infos, atol=1e-4)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_resumes_from_any_state(driver):
     """A state saved as NumPy arrays goes on with the same bits."""
-    rounds = 9
-    batches = problems.centres(rounds=rounds, seed=1)
+    step = problems.one_at_a_time(_train_step(driver).step)
+    run = _run(driver)
+    for start in (0, 3, ROUNDS - 1):
+        state = run.states[start]
+        for t in range(start, ROUNDS):
+            state, _ = step(state, problems.at(BATCHES, t))
+        chex.assert_trees_all_equal(problems.to_numpy(state), run.states[-1])
 
-    def loss_fn(params, batch, model_state, key):
-        noise = jax.random.normal(key, params["b"].shape)
-        loss = problems.quadratic_loss(params, batch) + jnp.vdot(noise, params["b"])
-        return loss, model_state + loss
 
-    tx = METHODS["two_way"](LEARNING_RATE, num_workers=M, history=2)
-    train_step = _make(tx, loss_fn, driver=driver, has_model_state=True, has_key=True)
-    step = problems.one_at_a_time(train_step.step)
-    state = train_step.init(PARAMS, jnp.zeros(()), jax.random.PRNGKey(7))
-    saved = []
-    for t in range(rounds):
-        saved.append(problems.to_numpy(state))
-        state, _ = step(state, problems.at(batches, t))
-    end = problems.to_numpy(state)
-    for start in (0, 3, 8):
-        state = saved[start]
-        for t in range(start, rounds):
-            state, _ = step(state, problems.at(batches, t))
-        chex.assert_trees_all_equal(problems.to_numpy(state), end)
+def test_loss_and_aux_are_each_workers_own():
+    """Before the step, on its own batch."""
+    run = _run("vmap")
+    for t in range(ROUNDS):
+        params, info = run.states[t].params, problems.at(run.infos, t)
+        for m in range(M):
+            batch = {key: x[t, m] for key, x in BATCHES.items()}
+            want = 0.5 * sum(np.sum((params[key] - batch[key]) ** 2) for key in batch)
+            want += info.aux["noise"][m] @ params["b"]
+            np.testing.assert_allclose(info.loss[m], want, rtol=1e-4)
+            np.testing.assert_array_equal(info.aux["at"][m], params["b"])
+
+
+def test_model_state_follows_the_rounds_that_count():
+    """Each worker's statistics are of its own batches at the current parameters, never at stale
+    ones, in the rounds in which it uploads."""
+    run = _run("vmap")
+    mean, count = np.ones((M, 6)), np.zeros(M)
+    for t in range(ROUNDS):
+        chex.assert_trees_all_close(run.states[t].model_state["mean"], mean, rtol=1e-5)
+        np.testing.assert_array_equal(run.states[t].model_state["count"], count)
+        activations = BATCHES["w"][t] * (1 + run.states[t].params["w"])[None]
+        uploaded = run.infos.uploaded[t]
+        mean = np.where(uploaded[:, None], 0.9 * mean + 0.1 * activations.mean(1), mean)
+        count = count + uploaded
+    assert 0.2 < run.infos.uploaded[1:].mean() < 0.8
+
+
+def test_fresh_and_stale_gradient_use_the_same_key():
+    """Then the innovation has no noise in it: it is how far the parameters have moved."""
+    run = _run("vmap")
+    stale = [None] * M
+    measured = 0
+    for t in range(ROUNDS):
+        params = run.states[t].params
+        for m in range(M):
+            innovation = run.infos.innovation[t, m]
+            if innovation > 0:
+                moved = sum(np.sum((params[k] - stale[m][k]) ** 2) for k in params)
+                np.testing.assert_allclose(innovation, moved, rtol=1e-4, atol=1e-6)
+                measured += 1
+            if run.infos.uploaded[t, m]:
+                stale[m] = params
+    assert measured > ROUNDS
+
+
+def test_every_worker_and_round_draws_anew():
+    noises = _run("vmap").infos.aux["noise"]
+    assert len({row.tobytes() for row in noises.reshape(-1, 6)}) == ROUNDS * M
+
+
+def test_randomness_follows_from_the_key():
+    batch = problems.at(BATCHES, 0)
+    _, info = _train_step("vmap").step(_init("vmap", seed=8), batch)
+    noise = _run("vmap").infos.aux["noise"][0]
+    assert not np.any(np.asarray(info.aux["noise"]) == noise)
+    _, info = _train_step("vmap").step(_init("vmap", seed=7), batch)
+    np.testing.assert_array_equal(info.aux["noise"], noise)
 
 
 # Donation, devices, sharding ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("driver", "donate"), [*((driver, True) for driver in DRIVERS), ("shard_map", False)]
-)
-def test_donation(driver, donate):
-    """The old state's memory is given up, or kept; the caller's parameters are always kept."""
-    train_step = _make(driver=driver, donate=donate)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_donation(driver):
+    """The old state's memory is given up; the caller's parameters are kept."""
     params = problems.quadratic_params()
-    state = train_step.init(params)
-    batch = problems.centres()
-    new_state, _ = jax.block_until_ready(train_step.step(state, batch))
-    assert state.opt_state.worker.residual["w"].is_deleted() is donate
-    assert state.params["w"].is_deleted() is donate
-    assert not params["w"].is_deleted()
+    model_state = {"mean": jnp.ones(6), "count": jnp.zeros((), jnp.int32)}
+    state = _train_step(driver).init(params, model_state, jax.random.PRNGKey(7))
+    new_state, _ = jax.block_until_ready(_train_step(driver).step(state, problems.at(BATCHES, 0)))
+    for leaf in (state.opt_state.worker.feedback.residual["w"], state.params["w"]):
+        assert leaf.is_deleted()
+    assert not any(x.is_deleted() for x in jax.tree.leaves((params, model_state)))
     chex.assert_tree_all_finite((params, new_state))
-    if donate:
-        train_step.init(params)
+
+
+@functools.cache
+def _kept() -> sasg_jax.TrainStep:
+    return _make(donate=False)
+
+
+def test_no_donation():
+    state = _kept().init(PARAMS)
+    _kept().step(state, problems.centres())
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("driver", ["pmap", "shard_map"])
 def test_runs_on_the_devices_it_is_given(driver):
+    """And on the axis."""
     devices = jax.devices()[7:3:-1]
-    train_step = _make(driver=driver, devices=devices)
-    state, info = jax.block_until_ready(
-        train_step.step(train_step.init(PARAMS), problems.centres())
-    )
+    tx = METHODS["sparse_sgd"](LEARNING_RATE, num_workers=M, axis_name="m")
+    train_step = _make(tx, driver=driver, devices=devices, axis_name="m")
+    batch = problems.centres()
+    state, info = jax.block_until_ready(train_step.step(train_step.init(PARAMS), batch))
     assert {shard.device for shard in state.params["w"].addressable_shards} == set(devices)
-    assert {shard.device for shard in info.loss.addressable_shards} == set(devices)
-    for m, shard in enumerate(state.opt_state.worker.residual["w"].addressable_shards):
+    for m, shard in enumerate(info.loss.addressable_shards):
+        assert shard.device == devices[m]
+    for m, shard in enumerate(state.opt_state.worker.feedback.residual["w"].addressable_shards):
         assert shard.data.shape[0] == 1, m
+        assert shard.device == devices[m]
+    want = [0.5 * sum(np.sum(c[m] ** 2) for c in batch.values()) for m in range(M)]
+    np.testing.assert_allclose(info.loss, want, rtol=1e-5)
 
 
 def test_shard_map_splits_workers_and_replicates_the_rest():
-    state = _make(driver="shard_map").init(PARAMS)
+    state = _init("shard_map")
     specs = sasg_jax.worker_specs(state.opt_state)
-    jax.tree.map(lambda x, spec: _assert_spec(x, spec), state.opt_state, specs)
+    got = jax.tree.map(lambda x: x.sharding.spec, state.opt_state)
+    chex.assert_trees_all_equal(got, specs)
     for x in jax.tree.leaves(state.params):
-        _assert_spec(x, PartitionSpec())
+        assert x.sharding.spec == PartitionSpec()
+    for x in jax.tree.leaves((state.model_state, state.keys)):
+        assert x.sharding.spec == PartitionSpec("workers")
 
 
-def _assert_spec(x, spec):
-    assert x.sharding.spec == spec
-
-
-def test_another_axis_name():
-    tx = METHODS["sasg"](LEARNING_RATE, num_workers=M, history=2, axis_name="m")
-    batch = problems.centres()
-    renamed = _make(tx, axis_name="m")
-    same = _make()
-    state, _ = renamed.step(renamed.init(PARAMS), batch)
-    want, _ = same.step(same.init(PARAMS), batch)
-    chex.assert_trees_all_equal(state.params, want.params)
-
-
-# What a round reports -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_loss_and_aux_are_each_workers_own(driver):
-    """Before the step, on its own batch."""
-
-    def loss_fn(params, batch):
-        return problems.quadratic_loss(params, batch), {"first": batch["b"][0], "sum": params["b"]}
-
-    train_step = _make(loss_fn=loss_fn, driver=driver, has_aux=True)
-    batch = problems.centres()
-    start = jax.tree.map(lambda x: x + 2, PARAMS)
-    _, info = train_step.step(train_step.init(start), batch)
-    want = [0.5 * sum(np.sum((2 - c[m]) ** 2) for c in batch.values()) for m in range(M)]
-    np.testing.assert_allclose(info.loss, want, rtol=1e-5)
-    np.testing.assert_array_equal(info.aux["first"], batch["b"][:, 0])
-    np.testing.assert_array_equal(info.aux["sum"], np.full((M, 6), 2.0))
-
-
-def test_takes_multi_steps_as_it_is():
-    """Also with an adaptive rule, which needs the gradient function passed through."""
-    inner = METHODS["sasg"](LEARNING_RATE, num_workers=M, history=2)
-    train_step = _make(optax.MultiSteps(inner, 2))
-    state = train_step.init(PARAMS)
-    for seed in range(4):
-        state, info = train_step.step(state, problems.centres(seed=seed))
-        np.testing.assert_array_equal(info.uploaded, seed > 0)
-    assert int(find_state(state.opt_state).server.round) == 2
+# What a round reports, and passes on --------------------------------------------------------------
 
 
 def test_report_is_the_states_diagnostics():
-    train_step = _make(donate=False)
-    state = train_step.init(PARAMS)
+    state = _kept().init(PARAMS)
     for seed in range(4):
-        state, info = train_step.step(state, problems.centres(seed=seed))
+        state, info = _kept().step(state, problems.centres(seed=seed))
         assert info.aux == ()
         chex.assert_trees_all_equal(
             tuple(sasg_jax.diagnostics(state.opt_state)),
@@ -156,44 +253,38 @@ def test_report_is_the_states_diagnostics():
         )
 
 
-# Models with state --------------------------------------------------------------------------------
+def _keeps_value():
+    """An optimiser that needs the loss, e.g. to cut the rate where it stands still."""
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        del state, params, extra_args
+        return updates, value
+
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
 
 
-def _normalised_loss(params, batch, model_state):
-    """Like BatchNorm: running statistics of what the parameters make of the batch."""
-    activations = batch["w"] * (1 + params["w"])
-    mean = 0.9 * model_state["mean"] + 0.1 * activations.mean(0)
-    new_state = {"mean": mean, "count": model_state["count"] + 1}
-    return problems.quadratic_loss(params, batch), new_state
+@pytest.mark.parametrize("arguments", [{}, {"chunk_size": 3}, {"driver": "shard_map"}], ids=str)
+def test_passes_the_mean_loss_on(arguments):
+    """Over workers that take part and whose loss is a number."""
+    ours = sasg_jax.aggregate(sasg_jax.identity(), num_workers=M)
+    tx = sasg_jax.pipeline(ours, _keeps_value(), optax.sgd(0.1))
+    train_step = _make(tx, pass_value=True, **arguments)
+    batch = problems.centres()
+    batch["b"][1] = np.nan
+    present = np.array([True, True, True, False])
+    state, info = train_step.step(train_step.init(PARAMS), batch, present)
+    want = np.mean([0.5 * sum(np.sum(c[m] ** 2) for c in batch.values()) for m in (0, 2)])
+    np.testing.assert_allclose(state.opt_state.after[1], want, rtol=1e-5)
+    assert np.isfinite(info.loss).tolist() == [True, False, True, True]
+    chex.assert_tree_all_finite(state.params)
 
 
-@pytest.mark.parametrize(
-    ("driver", "has_aux"), [*((driver, False) for driver in DRIVERS), ("vmap", True)]
-)
-def test_stale_pass_never_writes_the_model_state(driver, has_aux):
-    """Each worker's statistics follow its own batches at the current parameters, uploads or not."""
-
-    def loss_fn(params, batch, model_state):
-        loss, new_state = _normalised_loss(params, batch, model_state)
-        return (loss, (new_state, 2 * loss)) if has_aux else (loss, new_state)
-
-    # An enormous alpha: after the first round everybody is silent until the cap.
-    tx = METHODS["sasg"](LEARNING_RATE, num_workers=M, history=1, alpha=1e6)
-    train_step = _make(tx, loss_fn, driver=driver, has_model_state=True, has_aux=has_aux)
-    state = train_step.init(PARAMS, {"mean": jnp.ones(6), "count": jnp.zeros((), jnp.int32)})
-    mean = np.ones((M, 6))
-    uploads = 0
-    for t in range(5):
-        batch = problems.centres(seed=t)
-        activations = batch["w"] * (1 + np.asarray(state.params["w"]))[None]
-        mean = 0.9 * mean + 0.1 * activations.mean(1)
-        state, info = jax.block_until_ready(train_step.step(state, batch))
-        uploads += int(np.sum(info.uploaded))
-        np.testing.assert_allclose(state.model_state["mean"], mean, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(state.model_state["count"], [t + 1] * M)
-        if has_aux:
-            np.testing.assert_allclose(info.aux, 2 * info.loss, rtol=1e-6)
-    assert uploads == M
+def test_says_how_the_loss_is_passed_on():
+    ours = sasg_jax.aggregate(sasg_jax.identity(), num_workers=M)
+    train_step = _make(sasg_jax.pipeline(ours, _keeps_value()))
+    with pytest.raises(TypeError, match="value") as caught:
+        train_step.step(train_step.init(PARAMS), problems.centres())
+    assert caught.value.__notes__ == ["If the optimiser needs value=..., say pass_value=True."]
 
 
 def test_mean_model_state():
@@ -201,47 +292,6 @@ def test_mean_model_state():
     got = sasg_jax.mean_model_state(state)
     chex.assert_trees_all_equal(got, {"mean": jnp.array([2.0, 4.0]), "count": jnp.array(7)})
     assert sasg_jax.mean_model_state(()) == ()
-
-
-# Randomness ---------------------------------------------------------------------------------------
-
-
-def _random_loss(params, batch, key):
-    """Linear in the parameters: its gradient is the noise, whatever the parameters."""
-    noise = jax.random.normal(key, params["b"].shape)
-    return jnp.vdot(noise, params["b"]) + 0 * problems.quadratic_loss(params, batch), noise
-
-
-@functools.cache
-def _random_train_step(driver):
-    return _make(loss_fn=_random_loss, driver=driver, has_key=True, has_aux=True)
-
-
-def _noise_of_run(driver="vmap", seed=0, rounds=4):
-    train_step = _random_train_step(driver)
-    state = train_step.init(PARAMS, key=jax.random.key(seed))
-    noises, innovations = [], []
-    for _ in range(rounds):
-        state, info = jax.block_until_ready(train_step.step(state, problems.centres()))
-        noises.append(np.asarray(info.aux))
-        innovations.append(np.asarray(info.innovation))
-    return np.stack(noises), np.stack(innovations)
-
-
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_fresh_and_stale_gradient_use_the_same_key(driver):
-    """The gradient is the noise, so the innovation is zero if and only if the noise is the same."""
-    noises, innovations = _noise_of_run(driver)
-    np.testing.assert_array_equal(innovations, 0)
-    # And another one for every worker and round.
-    assert len({row.tobytes() for row in noises.reshape(-1, 6)}) == noises.shape[0] * M
-
-
-def test_randomness_follows_from_the_key():
-    noises, _ = _noise_of_run(seed=1)
-    np.testing.assert_array_equal(noises, _noise_of_run(seed=1)[0])
-    np.testing.assert_allclose(noises, _noise_of_run("shard_map", seed=1)[0], atol=1e-6)
-    assert not np.any(noises == _noise_of_run(seed=2)[0])
 
 
 # Models of flax -----------------------------------------------------------------------------------
@@ -256,14 +306,11 @@ def _classification(seed=0, rounds=40):
 
 
 def _assert_learns(train_step, state):
-    images, labels = _classification()
-    losses, uploads = [], 0
-    for batch in zip(images, labels, strict=True):
-        state, info = train_step.step(state, batch)
-        losses.append(float(info.loss.mean()))
-        uploads += int(info.uploaded.sum())
-    assert np.mean(losses[-5:]) < 0.3 * losses[0]
-    assert uploads < M * len(images)
+    run = jax.jit(problems.scan_rounds(train_step.step))
+    state, infos = run(state, (_classification(),))
+    losses = infos.loss.mean(1)
+    assert losses[-5:].mean() < 0.3 * losses[0]
+    assert not infos.uploaded.all()
     return state
 
 
@@ -311,6 +358,7 @@ def test_trains_a_flax_linen_model_with_batch_norm_and_dropout():
     assert np.mean(np.argmax(np.asarray(logits), 1) == labels.reshape(-1)) > 0.9
 
 
+@pytest.mark.slow
 def test_trains_a_flax_nnx_model():
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -337,66 +385,95 @@ def test_trains_a_flax_nnx_model():
 # Refusals -----------------------------------------------------------------------------------------
 
 
-def test_unknown_driver():
-    with pytest.raises(
-        ValueError, match=r"^Expected driver='jit' to be one of 'vmap', 'pmap', 'shard_map'\.$"
-    ):
-        _make(driver="jit")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"driver": "jit"}, r"^Expected driver='jit' to be one of 'vmap', 'pmap', 'shard_map'\.$"),
+        ({"num_workers": 0}, "^Expected num_workers=0 to be an integer of at least 1"),
+        ({"num_workers": 2.5}, "^Expected num_workers=2.5 to be an integer"),
+        ({"num_workers": True}, "^Expected num_workers=True to be an integer"),
+        ({"axis_name": 3}, "^Expected axis_name=3 to be a non-empty string"),
+        ({"donate": 1}, "^Expected donate=1 to be True or False"),
+        ({"pass_value": None}, "^Expected pass_value=None to be True or False"),
+        ({"has_aux": "yes"}, "^Expected has_aux='yes' to be True or False"),
+        ({"devices": [0] * M}, r"Expected devices=.* to be None for driver='vmap'\.$"),
+        (
+            {"driver": "shard_map", "num_workers": 9},
+            r"^Expected one device for each of num_workers=9, got 8\..*device_count=9 before",
+        ),
+        ({"driver": "pmap", "devices": [0, 1]}, r"num_workers=4, got 2\."),
+        ({"driver": "shard_map", "chunk_size": 2}, "^Expected chunk_size=2 to be None for driver="),
+        ({"chunk_size": 0}, "^Expected chunk_size=0 to be an integer of at least 1"),
+        ({"tx": optax.MultiSteps(METHODS["sgd"](0.1, num_workers=M), 2)}, "accumulate=k"),
+        (
+            {"loss_fn": sasg_jax.gradient(problems.quadratic_loss), "has_aux": True},
+            "^Expected has_aux=True to be said to sasg_jax.gradient or local_steps instead",
+        ),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _make(**arguments)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2.5, True])
-def test_number_of_workers(num_workers):
-    with pytest.raises(ValueError, match=f"^Expected num_workers={num_workers} to be an integer"):
-        _make(num_workers=num_workers)
-
-
-@pytest.mark.parametrize("driver", ["pmap", "shard_map"])
-def test_too_few_devices(driver):
-    with pytest.raises(
-        ValueError,
-        match=r"^Expected one device for each of num_workers=9, got 8\..*device_count=9 before",
-    ):
-        _make(METHODS["sasg"](0.1, num_workers=9), num_workers=9, driver=driver)
-    with pytest.raises(ValueError, match=r"num_workers=4, got 2\."):
-        _make(driver=driver, devices=jax.devices()[:2])
-
-
-def test_simulation_takes_no_devices():
-    with pytest.raises(ValueError, match=r"Expected devices=.* to be None for driver='vmap'\.$"):
-        _make(devices=jax.devices()[:M])
+@functools.cache
+def _state():
+    return problems.to_numpy(_make().init(PARAMS))
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_wrong_leading_axis(driver):
-    train_step = _make(driver=driver)
     batch = problems.centres()
     for bad in (batch["w"][:3], np.float32(1)):
         with pytest.raises(
             ValueError,
             match=r"^Expected batch\['w'\] to have a leading axis of num_workers=4, got shape \(",
         ):
-            train_step.step(train_step.init(PARAMS), batch | {"w": bad})
+            _make(driver=driver).step(_state(), batch | {"w": bad})
+
+
+def test_wrong_axis_of_steps():
+    direction = sasg_jax.gradient(problems.quadratic_loss, accumulate=3)
+    with pytest.raises(
+        ValueError, match=r"axis of num_workers=4, and then one of steps=3, got shape \(4, 6\)\.$"
+    ):
+        _make(loss_fn=direction).step(_state(), problems.centres())
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_number_of_workers_of_the_transformation(driver):
-    train_step = _make(METHODS["sasg"](0.1, num_workers=5), driver=driver)
+def test_number_of_workers_is_that_of_transformation_and_state(driver):
+    """Whichever differs."""
+    five = METHODS["sasg"](0.1, num_workers=5, history=2)
+    train_step = _make(five, driver=driver)
+    state = train_step.init(PARAMS)
+    with pytest.raises(ValueError, match=r"^Expected num_workers=4 to be that of the state, 5"):
+        train_step.step(state, problems.centres())
     with pytest.raises(
         ValueError, match=r"^Expected num_workers=5 to equal the size of axis 'workers', which is 4"
     ):
-        train_step.step(train_step.init(PARAMS), problems.centres())
+        train_step.step(_state(), problems.centres())
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", ["vmap", "shard_map"])
 @pytest.mark.parametrize(
-    ("tx", "found"),
+    ("tx", "message"),
     [
-        (optax.adam(0.1), 0),
-        (optax.chain(*[sasg_jax.aggregate(num_workers=M)] * 2), 2),
+        (optax.adam(0.1), "exactly one state of sasg_jax .*, found 0"),
+        (
+            optax.chain(*[sasg_jax.aggregate(num_workers=M)] * 2),
+            "exactly one state of sasg_jax .*, found 2",
+        ),
+        (
+            optax.MultiSteps(
+                METHODS["sgd"](0.1, num_workers=M), 2, should_skip_update_fn=optax.skip_not_finite
+            ).gradient_transformation(),
+            "without optax.MultiSteps around it",
+        ),
     ],
+    ids=["none", "two", "MultiSteps"],
 )
-def test_needs_exactly_one_transformation_of_ours(driver, tx, found):
-    with pytest.raises(ValueError, match=rf"exactly one state of sasg_jax .*, found {found}"):
+def test_needs_exactly_one_transformation_of_ours(driver, tx, message):
+    with pytest.raises(ValueError, match=message):
         _make(tx, driver=driver).init(PARAMS)
 
 
@@ -417,27 +494,20 @@ def _add_worker_number(keep_in_state):
 def test_what_depends_on_the_worker_must_stand_before_ours(driver, keep_in_state):
     """Else replicas would drift apart; after ours it is refused, by every driver."""
     ours = sasg_jax.aggregate(sasg_jax.top_k(DENSITY), num_workers=M)
-    train_step = _make(optax.chain(ours, _add_worker_number(keep_in_state)), driver=driver)
+    tx = optax.chain(ours, _add_worker_number(keep_in_state))
+    state = jax.device_get(sasg_jax.stack_workers(tx.init(PARAMS), M))
     with pytest.raises(ValueError, match="to be the same on all workers, but a part depends on"):
-        train_step.step(train_step.init(PARAMS), problems.centres())
+        _make(tx, driver=driver).step(
+            sasg_jax.TrainState(problems.to_numpy(PARAMS), state, (), ()), problems.centres()
+        )
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", ["vmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_what_stands_before_ours_may_depend_on_the_worker(driver):
     ours = sasg_jax.aggregate(sasg_jax.identity(), num_workers=M)
     train_step = _make(optax.chain(_add_worker_number(True), ours), driver=driver)
     state, _ = jax.block_until_ready(train_step.step(train_step.init(PARAMS), problems.centres()))
     np.testing.assert_array_equal(state.opt_state[0], np.arange(M))
-
-
-def test_multi_steps_that_skips():
-    tx = optax.MultiSteps(
-        METHODS["sasg"](0.1, num_workers=M), 2, should_skip_update_fn=optax.skip_not_finite
-    )
-    with pytest.raises(
-        ValueError, match=r"^Expected optax.MultiSteps without should_skip_update_f"
-    ):
-        _make(tx.gradient_transformation()).init(PARAMS)
 
 
 @pytest.mark.parametrize("has_key", [True, False])
@@ -456,6 +526,12 @@ def test_model_state_is_given_if_and_only_if_it_is_used(has_model_state):
         train_step.init(PARAMS, () if has_model_state else {"mean": jnp.zeros(3)})
 
 
-def test_integer_parameter_is_named():
+@pytest.mark.parametrize("params", [{}, (), {"a": None}], ids=repr)
+def test_empty_tree(params):
+    with pytest.raises(ValueError, match=r"^Expected params to hold at least one array, got"):
+        _make().init(params)
+
+
+def test_parameter_that_cannot_be_trained_is_named():
     with pytest.raises(TypeError, match=r"^Expected params\['n'\] to be of a floating-point type"):
         _make().init(PARAMS | {"n": jnp.zeros(3, jnp.int32)})
