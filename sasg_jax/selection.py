@@ -99,10 +99,12 @@ def _pruned(x: jax.Array, k: int) -> jax.Array:
         return listed[_bisect_top_k(magnitudes, k)]
 
     def tied():
-        # As bits, of which the CPU takes none for zero, as it does with the tiniest floats.
+        # Counted as bits, of which the CPU takes none for zero, as it does with the tiniest floats.
         bits, bound_bits = (lax.bitcast_convert_type(y, jnp.int32) for y in (_magnitudes(x), bound))
-        largest, reached = _first_largest(bits, bound_bits, k)
-        found = ((bits > bound_bits).sum() < k) & (reached >= k)
+        equal, num_equal = _first_set_bits(_pack(bits == bound_bits), k)
+        slots = jnp.arange(k)
+        largest = jnp.where(slots < count, listed[:k], equal[jnp.maximum(slots - count, 0)])
+        found = (count < k) & (count + num_equal >= k) & ((bits > bound_bits).sum() == count)
         return lax.cond(found, lambda: largest, lambda: lax_top_k(x, k))
 
     return lax.cond((count >= k) & (count <= capacity), exact, tied)
@@ -204,14 +206,10 @@ def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
 
     start = jnp.int32(1 << 30), jnp.int32(0), (bits >= 0).sum()
     _, threshold, _ = lax.while_loop(undecided, decide_bit, start)
-    return _first_largest(bits, threshold, k)[0]
-
-
-def _first_largest(bits: jax.Array, threshold: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The first ``k`` indices of what is above the threshold, then of what equals it, and how many
-    there are of both.
-    """
-    return _first_set_bits(jnp.stack([_pack(bits > threshold), _pack(bits == threshold)]), k)
+    # Everything above the threshold, then what equals it in order of index, until k are full.
+    above, equal = _pack(bits > threshold), _pack(bits == threshold)
+    indices, _ = _first_set_bits(jnp.concatenate([above, equal]), k)
+    return indices % (above.size * _WORD)
 
 
 def _pack(mask: jax.Array) -> jax.Array:
@@ -223,17 +221,14 @@ def _pack(mask: jax.Array) -> jax.Array:
 def _first_set_bits(words: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Positions of the first ``count`` set bits, ascending, and how many are set in all.
 
-    With several rows of words those of the first row come first, each as positions in its own row.
     Positions past the number of set bits are in range, and meaningless.
     """
-    width, words = words.shape[-1], words.reshape(-1)
     ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
     slots = jnp.arange(count, dtype=jnp.int32)
     word = jnp.searchsorted(ends, slots, side="right").astype(jnp.int32)
     word = jnp.minimum(word, words.size - 1)
     rank = slots - jnp.where(word > 0, ends[word - 1], 0)
-    column = word if width == words.size else word % width
-    return column * _WORD + _bit_of_rank(words[word], rank), ends[-1]
+    return word * _WORD + _bit_of_rank(words[word], rank), ends[-1]
 
 
 def _bit_of_rank(words: jax.Array, rank: jax.Array) -> jax.Array:

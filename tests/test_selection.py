@@ -18,7 +18,7 @@ from sasg_jax import selection
 # The sample is every 17th entry, of large k every 31st or 67th. Short vectors and large k go to the
 # reference; 8 sampled entries (136 in all) are the least that k = 1 prunes with; bit masks have
 # words of 32.
-SHAPES = [(1, 1), (32, 32), (33, 5), (135, 1), (136, 1), (200, 2), (512, 30), (1025, 16)]
+SHAPES = [(1, 1), (33, 5), (135, 1), (136, 1), (1025, 16)]
 
 
 @functools.cache
@@ -40,16 +40,21 @@ def _assert_same_set(x, k):
 
 
 def _floats(**kwargs):
-    return st.floats(width=32, allow_nan=False, allow_subnormal=False, **kwargs)
+    return st.floats(width=32, allow_nan=False, **kwargs)
 
 
 @pytest.mark.parametrize(("size", "k"), SHAPES)
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
 def test_any_vector(size, k, data):
     elements = data.draw(
         st.sampled_from(
-            [_floats(), _floats(min_value=-2, max_value=2), st.sampled_from([-1.0, 0.0, -0.0, 1.0])]
+            [
+                _floats(),
+                _floats(min_value=-2, max_value=2),
+                _floats(min_value=0, max_value=2.0**-130),  # which the CPU may take for zero
+                st.sampled_from([-1.0, 0.0, -0.0, 1.0]),
+            ]
         )
     )
     fill = data.draw(st.sampled_from([st.just(0.0), st.just(-0.5), st.nothing()]))
@@ -64,6 +69,7 @@ def _vectors(size: int, k: int):
     few_sampled = np.arange(size) < 17 * (10 + k // 4)
     few = np.zeros(size, np.float32)
     few[rng.choice(size, max(1, k // 2), replace=False)] = -1
+    large = rng.permutation(size)
     return {
         "normal": normal,
         "heavy_tailed": normal**5,
@@ -71,6 +77,12 @@ def _vectors(size: int, k: int):
         "constant": np.full(size, -3.0, np.float32),
         "zeros": np.zeros(size, np.float32),
         "fewer_than_k_nonzero": few,
+        "signs": np.sign(normal),
+        # Of two magnitudes, the larger one a little less and a little more often than k times.
+        "less_than_k_large": np.where(large < k - 1 - k // 20, -2, np.sign(normal)),
+        "more_than_k_large": np.where(large < k + 1 + k // 20, -2, np.sign(normal)),
+        "tiny": (rng.integers(-99, 100, size) * np.float32(1e-45)).astype(np.float32),
+        "tiny_and_zero": np.where(normal > 0, 0, np.float32(1e-45) * large).astype(np.float32),
         "ascending": np.sort(np.abs(normal)),
         "descending": -np.sort(-np.abs(normal)),
         "sample_too_large": np.where(sampled & few_sampled, 100.0, normal).astype(np.float32),
@@ -79,9 +91,17 @@ def _vectors(size: int, k: int):
     }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("kind", _vectors(1, 1))
-@pytest.mark.parametrize(("size", "k"), [(200, 2), (1000, 10), (5000, 50), (40_000, 400)])
+@pytest.mark.parametrize(
+    ("size", "k", "dtype"),
+    [
+        (200, 2, jnp.float32),
+        (5000, 50, jnp.float32),
+        (5000, 50, jnp.bfloat16),
+        (5000, 50, jnp.float16),
+        (40_000, 400, jnp.float32),
+    ],
+)
 def test_hard_vector(size, k, kind, dtype):
     _assert_same_set(jnp.asarray(_vectors(size, k)[kind], dtype), k)
 
@@ -96,27 +116,28 @@ def test_long_stride(k, stride, kind):
     _assert_same_set(jnp.asarray(vectors[kind]), k)
 
 
-def test_both_branches_are_tested(monkeypatch):
-    """What these tests compare is the pruned selection, except where the sample misleads it."""
+def test_all_branches_are_tested(monkeypatch):
+    """What these tests compare is the pruned selection, also where one magnitude occurs very often,
+    except where the sample misleads it."""
     monkeypatch.setattr(selection, "lax_top_k", lambda x, k: jnp.full(k, -1, jnp.int32))
     select = jax.jit(lambda x: selection.pruned_top_k(x, 50))
     vectors = _vectors(5000, 50)
     uses_reference = {kind: bool((select(x) < 0).any()) for kind, x in vectors.items()}
-    misleading = (
-        "constant",
-        "zeros",
-        "fewer_than_k_nonzero",
-        "sample_too_large",
-        "sample_all_zero",
-    )
+    # The numbers that the CPU takes for zero are all above the bound, and too many.
+    misleading = ("sample_too_large", "sample_all_zero", "tiny", "tiny_and_zero")
     assert uses_reference == {kind: kind in misleading for kind in vectors}
 
 
+@functools.cache
+def _compiled(k, method):
+    return jax.jit(lambda x: selection.magnitude_top_k(x, k, method=method))
+
+
 @pytest.mark.parametrize("size", [(1 << 15) - 1, 1 << 15])
-@pytest.mark.parametrize("method", selection.METHODS)
-def test_every_method_at_the_size_where_auto_switches(method, size):
+@pytest.mark.parametrize("method", ["auto", "pruned"])
+def test_at_the_size_where_auto_switches(method, size):
     x = _vectors(size, 300)["tied"]
-    got = jax.jit(lambda x: selection.magnitude_top_k(x, 300, method=method))(x)
+    got = _compiled(300, method)(x)
     want = np.argsort(-np.abs(x), kind="stable")[:300]
     np.testing.assert_array_equal(np.sort(got), np.sort(want))
 
@@ -133,18 +154,19 @@ def test_under_vmap_and_scan():
     np.testing.assert_array_equal(lax.scan(lambda c, x: (c, select(x)), None, rows)[1], want)
 
 
-@pytest.mark.parametrize("size", [1000, 40_000])
-@pytest.mark.parametrize("method", selection.METHODS)
-@pytest.mark.parametrize("nan_at", ["sampled", "largest", "most"])
+@pytest.mark.parametrize(("size", "method"), [(1000, "lax"), (1000, "pruned"), (40_000, "auto")])
+@pytest.mark.parametrize("nan_at", ["sampled", "largest", "most", "all_but_few", "among_zeros"])
 def test_nan_is_not_chosen_where_there_are_numbers(method, size, nan_at):
     x, k = _vectors(size, 1)["normal"].copy(), 20
     if nan_at == "sampled":
         x[::17] = np.nan
     elif nan_at == "largest":
         x[np.argsort(-np.abs(x))[:k]] = np.nan
+    elif nan_at == "among_zeros":
+        x[:] = np.where(x > 1, np.nan, 0)
     else:
-        x[: size - 2 * k] = np.nan
-    got = jax.jit(lambda x: selection.magnitude_top_k(x, k, method=method))(x)
+        x[: size - {"most": 2 * k, "all_but_few": k // 2}[nan_at]] = np.nan
+    got = _compiled(k, method)(x)
     want = np.argsort(-np.where(np.isnan(x), -1, np.abs(x)), kind="stable")[:k]
     np.testing.assert_array_equal(np.sort(got), np.sort(want))
 
@@ -152,7 +174,7 @@ def test_nan_is_not_chosen_where_there_are_numbers(method, size, nan_at):
 @pytest.mark.parametrize("method", selection.METHODS)
 def test_equal_magnitudes_go_by_index(method):
     x = np.tile([1.0, -1.0], 300).astype(np.float32)
-    indices = jax.jit(lambda x: selection.magnitude_top_k(x, 7, method=method))(x)
+    indices = _compiled(7, method)(x)
     np.testing.assert_array_equal(np.sort(indices), np.arange(7))
 
 
@@ -184,9 +206,11 @@ def _left(x, indices):
 
 
 @pytest.mark.usefixtures("prunes_short_vectors")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", [kind for kind in _vectors(1, 1) if kind != "infinite"])
-@pytest.mark.parametrize(("size", "k"), [(100, 1), (200, 4), (1000, 10), (5000, 500)])
+@pytest.mark.parametrize(
+    ("size", "k", "dtype"),
+    [(100, 1, jnp.float32), (1000, 10, jnp.bfloat16), (5000, 500, jnp.float32)],
+)
 def test_approximate_keeps_lemma_1_whatever_the_threshold(size, k, kind, dtype):
     """Also where it is far too small or too large, and every index is chosen once."""
     x = jnp.asarray(_vectors(size, k)[kind], dtype)

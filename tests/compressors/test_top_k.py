@@ -1,5 +1,6 @@
 """Which entries a message keeps, and how they are written."""
 
+import functools
 import math
 
 import chex
@@ -18,8 +19,14 @@ def _tree(seed=0):
     return {k: jnp.asarray(rng.normal(size=shape), jnp.float32) for k, shape in shapes.items()}
 
 
-def _compress(compressor, tree):
-    return jax.jit(compressor.compress)(tree, compressor.init_memory(tree), None)
+@functools.cache
+def _jitted(compressor):
+    return jax.jit(compressor.compress)
+
+
+def _compress(compressor, tree, memory=None):
+    memory = compressor.init_memory(tree) if memory is None else memory
+    return _jitted(compressor)(tree, memory, None)
 
 
 @pytest.mark.parametrize("scope", ["tensor", "tree"])
@@ -31,11 +38,10 @@ def test_memory_is_carried_for_every_vector(scope, monkeypatch):
     assert not jax.tree.leaves(_compress(exact, tree).memory)
     compressor = sasg_jax.top_k(0.1, scope=scope, selection="approximate")
     assert compressor.init_memory(tree) == ((0, 0) if scope == "tensor" else (0,))
-    compress = jax.jit(lambda tree, memory: compressor.compress(tree, memory, None))
-    first = compress(tree, compressor.init_memory(tree))
+    first = _compress(compressor, tree)
     assert len(set(map(float, first.memory))) == len(first.memory)
     assert all(threshold > 0 for threshold in first.memory)
-    again = compress(tree, first.memory)
+    again = _compress(compressor, tree, first.memory)
     assert any(map(np.not_equal, again.memory, first.memory))
 
 
