@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from sasg_jax.compressors.base import Compressed
-from sasg_jax.control_flow import update_if
+from sasg_jax.control_flow import for_all, update_if
 from sasg_jax.method import Method
 from sasg_jax.numerics import LARGEST_RATE, all_finite, scale, squared_norm
 from sasg_jax.rules.base import View
@@ -164,10 +165,10 @@ def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
     if rate is not None:
         sound &= rate <= LARGEST_RATE
 
-    def look(_, direction, memory, rate):
-        return (), ~all_finite(method.feedback.before(scale(rate, direction), memory))
+    def look():
+        return all_finite(method.feedback.before(scale(rate, direction), memory))
 
-    return ~update_if(acts & ~sound, look, (), direction, memory, rate)[1]
+    return lax.cond(for_all(sound | ~acts), lambda: jnp.asarray(True), look)
 
 
 def worker_half_with_mean(

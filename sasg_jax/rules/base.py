@@ -46,7 +46,7 @@ class Decision(NamedTuple):
     upload: jax.Array  # shape=(), dtype=jnp.bool_
     measured: jax.Array  # for the report, in the threshold's units. shape=(), dtype=jnp.float32
     sound: jax.Array | None = None
-    """Whether it has seen that no entry of the direction is beyond 1e24; None if it has not looked.
+    """Whether it has seen that the squares of the direction are finite; None if it has not looked.
     Saves looking once more. shape=(), dtype=jnp.bool_"""
 
 
