@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sasg_jax._checks import expected, is_real
 from sasg_jax.compressors.base import Compressed
+from sasg_jax.numerics import wide
 
 PyTree = Any
 
@@ -26,7 +27,7 @@ class Residual(NamedTuple):
 class Reconstruction(NamedTuple):
     """The memory of :func:`reconstruction`."""
 
-    reconstruction: PyTree  # h, like params
+    reconstruction: PyTree  # h, like params, of float32 at least: the server keeps the same
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,18 @@ def reconstruction() -> Feedback:
 
     References: Richtárik et al., `EF21 <https://arxiv.org/abs/2106.05203>`_, 2021
     """
+
+    def init(tree):
+        return Reconstruction(jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), tree))
+
+    def before(direction, memory):
+        subtract = lambda x, h: (x - h).astype(x.dtype)
+        return jax.tree.map(subtract, direction, memory.reconstruction)
+
     return Feedback(
         name="reconstruction()",
-        init=lambda tree: Reconstruction(_zeros(tree)),
-        before=lambda x, memory: jax.tree.map(jnp.subtract, x, memory.reconstruction),
+        init=init,
+        before=before,
         after=lambda memory, compressed, decoded: Reconstruction(
             jax.tree.map(jnp.add, memory.reconstruction, decoded())
         ),
