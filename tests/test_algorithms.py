@@ -69,11 +69,11 @@ ADAPTIVE_SPARSE = SPARSE | {"alpha": ALPHA}
 TWO_WAY = ADAPTIVE_SPARSE | {"downlink_density": DENSITY}
 SETTINGS = {
     # The grid, with the exchanges that suit it, and with the others.
-    "sgd": Setting(METHODS["sgd"](0.1, num_workers=M), RATE, ("chunks", "shard_map")),
+    "sgd": Setting(METHODS["sgd"](0.1, num_workers=M), RATE, ("chunks",)),
     "sparse_sgd": Setting(METHODS["sparse_sgd"](0.1, num_workers=M), SPARSE, ("shard_map",)),
     "lasg": Setting(METHODS["lasg"](0.1, num_workers=M), ADAPTIVE_DENSE, ("vmap",)),
     "sasg": Setting(METHODS["sasg"](0.1, num_workers=M), ADAPTIVE_SPARSE, DRIVERS),
-    "two_way": Setting(METHODS["two_way"](0.1, num_workers=M), TWO_WAY, ("chunks", "shard_map")),
+    "two_way": Setting(METHODS["two_way"](0.1, num_workers=M), TWO_WAY, ("shard_map",)),
     **{
         f"{name}_{exchange}": Setting(
             METHODS[name](0.1, num_workers=M, exchange=exchange), arguments, drivers
@@ -89,19 +89,17 @@ SETTINGS = {
             ("sasg", "relay", ADAPTIVE_SPARSE, ()),
             ("sasg", "server", ADAPTIVE_SPARSE, ()),
             ("sasg", "sharded", ADAPTIVE_SPARSE | {"scope": "shards"}, ()),
-            ("two_way", "sharded", TWO_WAY | {"scope": "shards"}, ("vmap", "shard_map")),
+            ("two_way", "sharded", TWO_WAY | {"scope": "shards"}, ("shard_map",)),
         ]
     },
     "sparse_sgd_of_eight_sharded": Setting(  # more workers than the smallest tensor has entries
         METHODS["sparse_sgd"](0.1, num_workers=8, exchange="sharded"),
         SPARSE | {"scope": "shards"},
-        ("vmap",),
         num_workers=8,
     ),
     "sasg_of_eight": Setting(
         METHODS["sasg"](0.1, num_workers=8),
         ADAPTIVE_SPARSE | {"alpha": 0.5 * 8 / LEARNING_RATE},
-        ("shard_map",),
         num_workers=8,
     ),
     # What the threshold is made of.
@@ -140,7 +138,6 @@ SETTINGS = {
     "turn_reuse": Setting(
         _sgd(TOP_K, sasg_jax.every(3), silence="reuse", feedback=sasg_jax.none()),
         SPARSE | {"turn": (3, True), "silence": "reuse", "feedback": "none"},
-        ("vmap",),
     ),
     "sasg_keep": Setting(
         METHODS["sasg"](0.1, num_workers=M, silence="keep"),
@@ -173,7 +170,7 @@ SETTINGS = {
     "present_sasg": Setting(
         METHODS["sasg"](0.1, num_workers=M),
         ADAPTIVE_SPARSE | {"present": PRESENT},
-        ("chunks", "shard_map"),
+        ("shard_map",),
     ),
     "present_turn": Setting(
         _sgd(TOP_K, sasg_jax.every(2)), SPARSE | {"turn": (2, True), "present": PRESENT}, ("vmap",)
@@ -222,8 +219,12 @@ def _in_chunks(setting):
     return isinstance(tx, sasg_jax.Transformation) and not tx.method.exchange.sharded
 
 
+def _slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 CASES = [
-    pytest.param(name, driver, marks=[] if driver in setting.drivers else pytest.mark.slow)
+    (name, driver) if driver in setting.drivers else _slow(name, driver)
     for name, setting in SETTINGS.items()
     for driver in DRIVERS
     if driver != "chunks" or _in_chunks(name)
@@ -387,12 +388,12 @@ SPARSER = sasg_jax.sparse_sgd(0.1, num_workers=M, density=0.2)
 @pytest.mark.parametrize(
     ("tx", "driver"),
     [
-        (METHODS["sgd"](0.1, num_workers=M), "vmap"),
         (METHODS["sgd"](0.1, num_workers=M), "shard_map"),
         (DENSE, "vmap"),
-        (_sgd(sasg_jax.identity(), feedback=sasg_jax.reconstruction()), "vmap"),
+        _slow(METHODS["sgd"](0.1, num_workers=M), "vmap"),
+        _slow(_sgd(sasg_jax.identity(), feedback=sasg_jax.reconstruction()), "vmap"),
     ],
-    ids=["psum", "psum on devices", "gather", "reconstruction"],
+    ids=["psum on devices", "gather", "psum", "reconstruction"],
 )
 def test_sgd_is_optax_sgd_on_the_mean_gradient(tx, driver):
     chex.assert_trees_all_close(
@@ -402,8 +403,8 @@ def test_sgd_is_optax_sgd_on_the_mean_gradient(tx, driver):
 
 @pytest.mark.parametrize(
     ("optimizer", "exchange"),
-    [(optax.sgd(0.1, momentum=0.9, nesterov=True), "gather"), (optax.adamw(0.05), None)],
-    ids=["momentum", "adamw"],
+    [(optax.adamw(0.05), None), _slow(optax.sgd(0.1, momentum=0.9, nesterov=True), "gather")],
+    ids=["adamw", "momentum"],
 )
 def test_dense_aggregate_before_an_optimizer_is_that_optimizer(optimizer, exchange):
     ours = sasg_jax.aggregate(sasg_jax.identity(), num_workers=M, exchange=exchange)
@@ -429,8 +430,8 @@ def test_dense_aggregate_before_an_optimizer_is_that_optimizer(optimizer, exchan
             sasg_jax.lasg(0.1, num_workers=M, history=2),
             sasg_jax.lasg(0.1, num_workers=M, history=2, downlink=sasg_jax.identity()),
         ),
-        (SPARSER, sasg_jax.sasg(0.1, num_workers=M, density=0.2, alpha=0.0, history=1)),
-        (SPARSER, _sgd(sasg_jax.top_k(0.2), sasg_jax.every(1), silence="reuse")),
+        _slow(SPARSER, sasg_jax.sasg(0.1, num_workers=M, density=0.2, alpha=0.0, history=1)),
+        _slow(SPARSER, _sgd(sasg_jax.top_k(0.2), sasg_jax.every(1), silence="reuse")),
     ],
     ids=[
         "sasg(max_staleness=1) = sparse_sgd",
@@ -517,8 +518,10 @@ def test_auxiliary_sequence_moves_by_the_gradients(name):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *(pytest.param(name, jnp.float32, marks=pytest.mark.slow) for name in METHODS),
-        *((name, jnp.bfloat16) for name in METHODS),
+        ("lasg", jnp.bfloat16),
+        ("two_way", jnp.bfloat16),
+        *(_slow(name, jnp.bfloat16) for name in ("sgd", "sparse_sgd", "sasg")),
+        *(_slow(name, jnp.float32) for name in METHODS),
     ],
 )
 def test_converges_and_keeps_dtypes(name, dtype):
@@ -539,7 +542,8 @@ def test_converges_and_keeps_dtypes(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "exchange"), [("sgd", None), ("lasg", None), ("two_way", None), ("two_way", "sharded")]
+    ("name", "exchange"),
+    [("lasg", None), ("two_way", "sharded"), _slow("sgd", None), _slow("two_way", None)],
 )
 def test_one_worker(name, exchange):
     """M = 1 runs, and dense methods are then plain SGD."""
