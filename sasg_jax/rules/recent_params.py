@@ -46,4 +46,4 @@ def write_recent(recent: PyTree, params: PyTree, round: jax.Array) -> PyTree:
     def write(rows, row):
         return lax.dynamic_update_index_in_dim(rows, row, round % rows.shape[0], axis=0)
 
-    return () if recent == () else jax.tree.map(write, recent, params)
+    return jax.tree.map(write, recent, params) if jax.tree.leaves(recent) else recent
