@@ -21,11 +21,14 @@ ROUNDS, STEPS = 4, 2
 REFUSED, ABSENT = {(1, 1), (2, 0), (3, 2)}, {(0, 2), (1, 3), (3, 0)}
 
 
-# What it has seen is added up, and passed on as it is.
-ACCUMULATOR = optax.GradientTransformation(
-    lambda params: {"seen": jax.tree.map(jnp.zeros_like, params)},
-    lambda g, state, params=None: (g, {"seen": optax.tree.add(state["seen"], g)}),
-)
+def _accumulator():
+    """What it has seen is added up, and passed on as it is."""
+
+    def update(updates, state, params=None):
+        return updates, {"seen": optax.tree.add(state["seen"], updates)}
+
+    zeros = lambda params: {"seen": jax.tree.map(jnp.zeros_like, params)}
+    return optax.GradientTransformation(zeros, update)
 
 
 def _loss(params, batch, *, model_state):
@@ -41,7 +44,7 @@ def _transformation(put_together, silence):
     ours = sasg_jax.aggregate(
         sasg_jax.top_k(0.5), sasg_jax.every(2), num_workers=M, silence=silence
     )
-    return put_together(optax.trace(0.9), optax.ema(0.9), ACCUMULATOR, ours, optax.sgd(0.1))
+    return put_together(optax.trace(0.9), optax.ema(0.9), _accumulator(), ours, optax.sgd(0.1))
 
 
 def _rounds():
