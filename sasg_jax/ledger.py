@@ -45,8 +45,8 @@ class Ledger:
 
     def _start(self, wire: Wire) -> None:
         self._wire = wire
-        self._staleness = self._previous_staleness = np.full(wire.num_workers, wire.max_staleness)
-        self._forced_rounds, self._warned = 0, False
+        self._staleness = np.full(wire.num_workers, wire.max_staleness)
+        self._silent_rounds, self._warned = 0, False
         self.uploads_by_worker = [0] * self._wire.num_workers
         self.rounds_by_uploads = [0] * (self._wire.num_workers + 1)
         """Entry u is the number of rounds in which u workers uploaded."""
@@ -70,8 +70,8 @@ class Ledger:
           ValueError: another shape or dtype.
 
         Warns:
-          UserWarning: once, when for ``2 max_staleness`` rounds the rule has let nobody upload but
-            where it was forced.
+          UserWarning: once, when in ``2 max_staleness`` rounds in which the rule was asked it has
+            let nobody upload.
         """
         flags = self._flags("uploaded", uploaded)
         there = np.ones_like(flags) if present is None else self._flags("present", present)
@@ -86,7 +86,7 @@ class Ledger:
         for uploads in flags.sum(1):
             self.rounds_by_uploads[int(uploads)] += 1
         self.presences += int(there.sum())
-        self._watch(flags)
+        self._watch(flags, there)
 
     def _flags(self, name: str, value: Any) -> np.ndarray:
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
@@ -99,22 +99,21 @@ class Ledger:
             )
         return flags.reshape(-1, workers)
 
-    def _watch(self, flags: np.ndarray) -> None:
+    def _watch(self, flags: np.ndarray, there: np.ndarray) -> None:
         """Warns of a rule that lets nobody upload."""
         cap = self._wire.max_staleness
         if cap < 2 or self._warned:
             return
-        for row in flags:
+        for row, asked in zip(flags, there, strict=True):
+            free = asked & (self._staleness < cap)
+            self._silent_rounds = 0 if (row & free).any() else self._silent_rounds + free.any()
             self._staleness = np.where(row, 1, self._staleness + 1)
-            was_free = row & (self._previous_staleness < cap)
-            self._previous_staleness = self._staleness
-            self._forced_rounds = 0 if was_free.any() else self._forced_rounds + 1
-        if self._forced_rounds >= 2 * cap:
+        if self._silent_rounds >= 2 * cap:
             self._warned = True
             warnings.warn(
-                f"For {self._forced_rounds} rounds the rule has let nobody upload but where it was "
-                f"forced, every {cap} rounds: its threshold is too high to tell anything. Choose a "
-                "smaller alpha, or sasg_jax.always().",
+                f"In {self._silent_rounds} rounds in which it was asked the rule has let nobody "
+                f"upload, but for what is forced every {cap} rounds: its threshold is too high to "
+                "tell anything. Choose a smaller alpha, or sasg_jax.always().",
                 stacklevel=3,
             )
 
@@ -193,7 +192,9 @@ class Ledger:
         if missing := set(names) - saved.keys():
             raise ValueError(f"Expected saved to have the keys {sorted(missing)}.")
         wire = dict(saved["wire"])
-        name = check_choice("wire['exchange']", wire.pop("exchange", None), EXCHANGES)
+        if wire.keys() != set(_WIRE):
+            raise ValueError(f"Expected saved['wire'] to have the keys {_WIRE}, got {[*wire]}.")
+        name = check_choice("wire['exchange']", wire.pop("exchange"), EXCHANGES)
         sizes: Any = {k: check_int(f"wire[{k!r}]", v, minimum=0) for k, v in wire.items()}
         ledger = cls.__new__(cls)
         ledger._start(Wire(**sizes, exchange=name))

@@ -1,4 +1,4 @@
-"""update_if is a per-entry `if`, under every transformation, and runs only what is active."""
+"""Work done only where it is needed, values that are the same for all, and sums in order."""
 
 import chex
 import jax
@@ -7,7 +7,15 @@ import numpy as np
 import problems
 import pytest
 
-from sasg_jax.control_flow import for_all, sum_rows, update_if
+from sasg_jax.control_flow import (
+    add_rows,
+    for_all,
+    refuse_collectives,
+    same_on_all,
+    sum_rows,
+    update_if,
+    zero_after,
+)
 
 
 def _double_and_add(carried, x):
@@ -52,11 +60,13 @@ def _one_row(*trees):
     return jax.tree.map(lambda a: np.asarray(a)[None], trees)
 
 
+_mapped = jax.jit(jax.vmap(lambda active, c, x: update_if(active, _double_and_add, c, x)))
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_under_vmap(pattern):
-    fn = jax.jit(jax.vmap(lambda active, c, x: update_if(active, _double_and_add, c, x)))
     active = _flags(pattern)
-    chex.assert_trees_all_equal(fn(active, CARRIED, X), _expected(active, CARRIED, X))
+    chex.assert_trees_all_equal(_mapped(active, CARRIED, X), _expected(active, CARRIED, X))
 
 
 def test_under_vmap_with_shared_operands():
@@ -88,8 +98,7 @@ def test_under_two_vmaps():
         chex.assert_trees_all_equal(problems.at(got, i), _expected(*row))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_runs_only_for_active_entries(pattern):
+def test_runs_only_for_active_entries():
     """Under vmap too, where a lax.cond would run for all."""
     ran = []
 
@@ -97,11 +106,12 @@ def test_runs_only_for_active_entries(pattern):
         jax.debug.callback(lambda first: ran.append(int(first)), x[0])
         return carried + x, ()
 
-    active = _flags(pattern)
-    result = jax.jit(jax.vmap(lambda a, c, x: update_if(a, fn, c, x)))(active, CARRIED["a"], X)
-    jax.block_until_ready(result)
-    jax.effects_barrier()
-    assert sorted(ran) == [int(first) for first in X[active, 0]]
+    mapped = jax.jit(jax.vmap(lambda a, c, x: update_if(a, fn, c, x)))
+    for active in map(_flags, PATTERNS):
+        ran.clear()
+        jax.block_until_ready(mapped(active, CARRIED["a"], X))
+        jax.effects_barrier()
+        assert sorted(ran) == [int(first) for first in X[active, 0]]
 
 
 def test_rows_are_written_in_place():
@@ -134,6 +144,34 @@ def test_sum_rows_is_a_left_fold_bit_for_bit():
     for row in rows[1:]:
         total = total + row
     np.testing.assert_array_equal(jax.jit(sum_rows)(rows), total)
+
+
+def test_add_rows_goes_on_from_a_total():
+    rows = jnp.array([[1.0], [1.0]])
+    np.testing.assert_array_equal(add_rows(jnp.float32([2**24]), rows), [2**24])
+    np.testing.assert_array_equal(add_rows(jnp.float32([3]), rows[:0]), [3])
+
+
+# A zero that waits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_zero_after_is_zero_after_any_number(dtype):
+    """What it is where the conversion of such a number to an integer is anybody's guess, too."""
+    for first in (0.0, -0.0, 1.5, -3e38, np.inf, -np.inf, np.nan, -np.nan, 1e-45):
+        floats = jnp.float32([first, 7]).astype(dtype)
+        tree = {"a": floats, "n": jnp.arange(3), "none": jnp.zeros((0, 2))}
+        assert jax.jit(zero_after)(tree) == 0
+    assert zero_after({"n": jnp.arange(3)}) == 0
+
+
+def test_zero_after_needs_the_floats():
+    """The compiler cannot know it without them: what uses it waits for every one."""
+    text = jax.jit(zero_after).lower((jnp.ones(3), jnp.ones(4))).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    used = [line for line in entry.splitlines() if "fusion(" in line or "call(" in line]
+    assert any("%tree_0" in line or "tree[0]" in line for line in used), entry
+    assert "s32[] constant(0)" not in [line.split("ROOT ")[-1] for line in entry.splitlines()]
 
 
 # for_all ------------------------------------------------------------------------------------------
@@ -172,3 +210,71 @@ def test_a_branch_that_no_entry_needs_is_not_run(flags, runs):
     jax.effects_barrier()
     assert bool(seen) == bool(runs)
     np.testing.assert_array_equal(got, [3.0 * runs] * 2)
+
+
+# What must be the same on all workers, and what must not communicate ------------------------------
+
+
+def test_same_on_all_is_what_it_is():
+    tree = {"a": jnp.ones(2), "b": jnp.int32(3)}
+    chex.assert_trees_all_equal(jax.jit(same_on_all)(tree), tree)
+    shared = jax.vmap(lambda x: same_on_all(tree), out_axes=None, axis_size=3)(jnp.zeros(3))
+    chex.assert_trees_all_equal(shared, tree)
+
+
+def test_what_depends_on_the_worker_is_not_the_same_on_all():
+    tree = {"a": jnp.ones((3, 2)), "b": jnp.int32(3)}
+    mapped = jax.vmap(same_on_all, in_axes=({"a": 0, "b": None},))
+    with pytest.raises(ValueError, match="to be the same on all workers, but a part depends on"):
+        mapped(tree)
+
+
+def _in_a_loop(x):
+    return jax.lax.fori_loop(0, 2, lambda i, x: x + jax.lax.pmean(x, "workers"), x)
+
+
+def _in_a_branch(x):
+    return jax.lax.cond(x > 0, lambda x: jax.lax.psum(x, "workers"), lambda x: x, x)
+
+
+def _in_a_derivative(x):
+    @jax.custom_jvp
+    def fn(x):
+        return jax.lax.all_gather(x, "workers").sum()
+
+    fn.defjvp(lambda x, t: (fn(*x), fn(*t)))
+    return jax.jit(jax.checkpoint(fn))(x)
+
+
+COLLECTIVES = {
+    "psum": lambda x: jax.lax.psum(x, "workers"),
+    "over two axes": lambda x: jax.lax.psum(x, ("data", "workers")),
+    "ppermute": lambda x: jax.lax.ppermute(x, "workers", [(0, 1), (1, 0)]),
+    "loop": _in_a_loop,
+    "branch": _in_a_branch,
+    "derivative": _in_a_derivative,
+}
+
+
+def _on_two_axes(fn):
+    return jax.vmap(jax.vmap(fn, axis_name="data"), axis_name="workers")(jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_collectives_are_found_wherever_they_are(name):
+    with pytest.raises(ValueError, match=r"^Expected a loss without collectives over axis 'work"):
+        _on_two_axes(refuse_collectives(COLLECTIVES[name], "workers"))
+
+
+def test_what_moves_nothing_between_workers_may_stay():
+    """The index of a worker, a mean over another axis; trees come back as they were made."""
+
+    def fn(x, tree):
+        mean = jax.lax.pmean(x, "data")
+        return {"a": (mean, tree["n"]), "index": jax.lax.axis_index("workers"), "none": None}
+
+    got = _on_two_axes(lambda x: refuse_collectives(fn, "workers")(x, {"n": 5 * x}))
+    np.testing.assert_array_equal(got["a"][0], np.ones((2, 3)))
+    np.testing.assert_array_equal(got["a"][1], np.full((2, 3), 5))
+    np.testing.assert_array_equal(got["index"], [[0] * 3, [1] * 3])
+    assert got["none"] is None

@@ -1,6 +1,13 @@
 """Bytes and uploads, exact however long the run."""
 
+import dataclasses
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import warnings
 from typing import Any
 
 import jax
@@ -12,6 +19,7 @@ import pytest
 from problems import METHODS, M
 
 import sasg_jax
+from sasg_jax.exchanges import EXCHANGES, Links
 
 # 24 + 6 entries: 2 + 1 values at 10 %, with an index of one byte each.
 DENSE = 4 * (24 + 6)
@@ -32,14 +40,16 @@ def _ledger(name="sasg", params=None, **kwargs):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_counts_by_hand(name):
-    """Two rounds, three and one uploads; the way down goes to all four workers."""
+    """Two rounds, three and one uploads, or all where nobody need tell; the way down goes to all
+    four workers."""
     upload_bytes, paper_bits, flag, down = WIRE[name]
     ledger = _ledger(name)
     ledger.record(np.array([True, True, False, True]))
     ledger.record(jnp.array([False, False, True, False]))
-    assert (ledger.rounds, ledger.uploads) == (2, 4)
-    assert ledger.paper_uplink_bits == 4 * paper_bits
-    assert ledger.uplink_bytes == 4 * upload_bytes + 2 * M * flag
+    uploads = 4 if flag else 2 * M
+    assert (ledger.rounds, ledger.uploads) == (2, uploads)
+    assert ledger.paper_uplink_bits == uploads * paper_bits
+    assert ledger.uplink_bytes == uploads * upload_bytes + 2 * M * flag
     assert ledger.downlink_bytes == 2 * M * down
 
 
@@ -56,7 +66,7 @@ def test_half_precision_parameters():
 def test_upload_is_what_the_message_holds(name, size, index_bytes):
     """The server's memory of one worker's message has exactly that many bytes."""
     state: Any = METHODS[name](0.1, num_workers=M).init(jnp.zeros(size))
-    memory = sum(x.nbytes for x in jax.tree.leaves(state.server.messages))
+    memory = sum(x.nbytes for x in jax.tree.leaves(state.server.memory))
     ledger = sasg_jax.Ledger(state)
     ledger.record([True] * M)
     k = size // 10
@@ -66,30 +76,27 @@ def test_upload_is_what_the_message_holds(name, size, index_bytes):
 
 
 def test_equals_the_sum_over_a_run():
+    """Of a (rounds, M) array at once, of its rows, and counted by hand."""
     rounds = 30
     train_step = problems.mlp_step(M, "sasg")
-    images, labels = problems.mlp_batches(M)
-    state = train_step.init(problems.mlp_params())
-    by_round, at_once = sasg_jax.Ledger(state.opt_state), sasg_jax.Ledger(state.opt_state)
-    flags = []
-    for t in range(rounds):
-        state, info = train_step.step(state, (images[t], labels[t]))
-        by_round.record(info.uploaded)
-        flags.append(np.asarray(info.uploaded))
-    at_once.record(np.stack(flags))
+    batches = jax.tree.map(lambda x: x[:rounds], problems.mlp_batches(M))
+    start = train_step.init(problems.mlp_params())
+    state, infos = jax.lax.scan(train_step.step, start, batches)
+    by_round, at_once = sasg_jax.Ledger(start.opt_state), sasg_jax.Ledger(state.opt_state)
+    at_once.record(infos.uploaded)
+    for row in infos.uploaded:
+        by_round.record(row)
     assert by_round.to_dict() == at_once.to_dict()
-    uploads = sum(int(f) for row in flags for f in row)
+    uploads = int(np.asarray(infos.uploaded).sum())
     assert 10 * M <= uploads < rounds * M
     assert by_round.uploads == uploads
     # Entries 16, 5, 320, 80 at 10 %: 1, 0 -> 1, 32, 8 values; only w1 needs two bytes an index.
     assert by_round.uplink_bytes == uploads * (5 + 5 + 32 * 6 + 8 * 5) + rounds * M
     assert by_round.paper_uplink_bits == uploads * 32 * 42
-    # The same from the state after the run, through any wrapper.
+    # Through any wrapper.
     wrapped = optax.chain(optax.clip(1.0), METHODS["sasg"](0.1, num_workers=M))
-    assert (
-        sasg_jax.Ledger(wrapped.init(problems.mlp_params())).to_dict()["wire"]
-        == (sasg_jax.Ledger(state.opt_state).to_dict()["wire"])
-    )
+    wire = sasg_jax.Ledger(wrapped.init(problems.mlp_params())).to_dict()["wire"]
+    assert wire == by_round.to_dict()["wire"]
 
 
 def test_exact_past_two_to_the_53():
@@ -98,6 +105,7 @@ def test_exact_past_two_to_the_53():
     saved |= {
         "rounds_by_uploads": [1, 2**60, 0, 0, 2**60],
         "uploads_by_worker": [2**61] * 3 + [2**62],
+        "presences": M * (2**61 + 1),
     }
     ledger = sasg_jax.Ledger.from_dict(json.loads(json.dumps(saved)))
     ledger.record(np.array([True, False, False, False]))
@@ -107,8 +115,9 @@ def test_exact_past_two_to_the_53():
     assert ledger.uplink_bytes == uploads * SPARSE_BYTES + rounds * M
     assert ledger.downlink_bytes == rounds * M * DENSE
     assert ledger.paper_uplink_bits == uploads * 96
-    # All but the round without an upload gather the 16 bytes that 15 are packed into.
-    assert ledger.sent_bytes == ((rounds - 1) * 3 * 16 + rounds * 3,) * M
+    # One upload of four is summed, 2 * 3/4 of the 16 bytes that 15 are packed into; 2**60 rounds
+    # had one before, and as many four, which are gathered.
+    assert ledger.sent_bytes == ((2**60 + 1) * 24 + 2**60 * 3 * 16 + rounds * 3,) * M
     assert json.loads(json.dumps(ledger.to_dict())) == ledger.to_dict()
 
 
@@ -148,13 +157,22 @@ def test_restored_ledger_goes_on_counting():
     ids=lambda x: f"{x.dtype}{x.shape}",
 )
 def test_flags_of_another_shape_or_type(uploaded):
+    ledger, right = _ledger(), np.ones(M, bool)
+    before = ledger.to_dict()
+    for name, flags in (("uploaded", (uploaded,)), ("present", (right, uploaded))):
+        with pytest.raises(
+            ValueError,
+            match=rf"^Expected {name} to be of dtype bool and shape \(4,\) or \(rounds, 4\)",
+        ):
+            ledger.record(*flags)
+    assert ledger.to_dict() == before
+
+
+def test_presence_of_other_rounds():
     ledger = _ledger()
-    with pytest.raises(
-        ValueError,
-        match=r"^Expected uploaded to be of dtype bool and shape \(4,\) or \(rounds, 4\)",
-    ):
-        ledger.record(uploaded)
-    assert ledger.rounds == ledger.uploads == 0
+    with pytest.raises(ValueError, match=r"^Expected present to have the shape of uploaded, \(3"):
+        ledger.record(np.ones((3, M), bool), np.ones((2, M), bool))
+    assert ledger.rounds == 0
 
 
 def test_state_without_ours():
@@ -162,9 +180,7 @@ def test_state_without_ours():
         sasg_jax.Ledger(optax.adam(0.1).init(jnp.zeros(3)))
 
 
-@pytest.mark.parametrize(
-    "key", ["wire", "uploads_by_worker", "rounds_by_uploads", "model_state_bytes"]
-)
+@pytest.mark.parametrize("key", list(_ledger().to_dict()))
 def test_saved_ledger_with_a_missing_count(key):
     saved = _ledger().to_dict()
     del saved[key]
@@ -185,6 +201,31 @@ def test_saved_ledger_of_another_number_of_workers():
     saved = _ledger().to_dict() | {"rounds_by_uploads": [0] * M}
     with pytest.raises(ValueError, match=r"^Expected rounds_by_uploads=\[0, 0, 0, 0\] to have 5 "):
         sasg_jax.Ledger.from_dict(saved)
+
+
+@pytest.mark.parametrize("change", [{"upload_bytes": None}, {"another": 3}, {"flag_bytes": -1}])
+def test_saved_ledger_with_bad_sizes(change):
+    saved = _ledger().to_dict()
+    wire = {name: value for name, value in (saved["wire"] | change).items() if value is not None}
+    with pytest.raises(ValueError, match=r"^Expected (saved|wire)\['"):
+        sasg_jax.Ledger.from_dict(saved | {"wire": wire})
+
+
+def test_saved_ledger_of_an_exchange_that_is_none_of_ours():
+    """Counts as its own functions say, but what is saved has only its name."""
+    gather = EXCHANGES["gather"]
+
+    def twice(traffic):
+        return Links(*([2 * moved for moved in side] for side in gather.links(traffic)))
+
+    doubled = dataclasses.replace(gather, name="doubled", links=twice)
+    ours, theirs = _ledger(exchange="gather"), _ledger(exchange=doubled)
+    for ledger in (ours, theirs):
+        ledger.record(np.ones(M, bool))
+    assert theirs.sent_bytes == tuple(2 * sent - 3 for sent in ours.sent_bytes)
+    assert ours.sent_bytes == (3 * 16 + 3,) * M
+    with pytest.raises(ValueError, match=r"^Expected wire\['exchange'\]='doubled' to be one of '"):
+        sasg_jax.Ledger.from_dict(theirs.to_dict())
 
 
 # What the workers' links carry --------------------------------------------------------------------
@@ -225,7 +266,134 @@ def test_relay_sends_uploads_down_instead_of_the_step():
 
 
 def test_messages_of_refused_gradients_move_where_no_flag_says_so():
-    """Without the rule there are no flags: an empty message moves like any other."""
+    """Without the rule there are no flags: an empty message moves like any other. Who is absent is
+    known to all, and sends nothing."""
     ledger = _ledger("sparse_sgd", exchange="server")
     ledger.record(np.array([True, True, False, True]))
     assert ledger.sent_bytes == (3 * DENSE, 16, 16, 16)
+    ledger.record(np.array([True, True, False, False]), np.array([True, True, True, False]))
+    assert ledger.sent_bytes == (2 * 3 * DENSE, 32, 32, 16)
+    assert (ledger.uploads, ledger.uploads_by_worker) == (7, [2, 2, 2, 1])
+    assert (ledger.uplink_bytes, ledger.presences) == (7 * SPARSE_BYTES, 7)
+
+
+def test_absent_workers_send_no_flag_to_the_paper_s_server():
+    """Where there are flags an upload counts as it is reported."""
+    ledger = _ledger()
+    ledger.record(np.array([True, False, False, False]), np.array([True, True, False, False]))
+    assert (ledger.uploads, ledger.presences) == (1, 2)
+    assert ledger.uplink_bytes == SPARSE_BYTES + 2
+
+
+# A rule that lets nobody upload -------------------------------------------------------------------
+
+CAP = 3
+
+
+def _rounds(text):
+    return np.array([[flag == "1" for flag in row] for row in text.split()])
+
+
+FORCED_ONLY = _rounds("1111 0000 0000 1111 0000 0000 1111 0000 0000")
+
+
+def _warnings(ledger, *record):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ledger.record(*record)
+    return [str(warning.message) for warning in caught]
+
+
+def test_warns_of_a_rule_that_lets_nobody_upload():
+    """Once, after six rounds in which workers were free to: in every third all are forced."""
+    ledger = _ledger(max_staleness=CAP)
+    assert not _warnings(ledger, FORCED_ONLY[:8])
+    (message,) = _warnings(ledger, FORCED_ONLY[8])
+    assert message.startswith("In 6 rounds in which it was asked the rule has let nobody upload")
+    assert "every 3 rounds" in message
+    assert "smaller alpha" in message
+    assert not _warnings(ledger, np.tile(FORCED_ONLY, (9, 1)))
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        "1111 0000 0100 1011 0000 0000 1111 0000 0000",  # worker 1 once when it was free
+        "1111 1111 0000 0000 1111 0000 0000",
+        "1111 1111 1111 1111 1111 1111 1111",
+    ],
+)
+def test_does_not_warn_where_one_upload_was_not_forced(rounds):
+    assert not _warnings(_ledger(max_staleness=CAP), _rounds(rounds))
+
+
+def test_waits_anew_after_an_upload_that_was_not_forced():
+    ledger = _ledger(max_staleness=CAP)
+    assert not _warnings(ledger, FORCED_ONLY[:8])
+    assert not _warnings(ledger, _rounds("0100"))
+    assert not _warnings(ledger, _rounds("1011 0000 0100 1011 0000"))
+    assert _warnings(ledger, _rounds("0000"))
+
+
+def test_does_not_warn_of_workers_that_are_never_asked():
+    """Who is absent until it is forced does not say anything about the rule."""
+    present = np.tile(_rounds("1000 0100 0010 0001"), (6, 1))
+    assert not _warnings(_ledger(max_staleness=CAP), present, present)
+
+
+@pytest.mark.parametrize("name", ["sgd", "sparse_sgd"])
+def test_does_not_warn_where_there_is_no_rule_to_speak_of(name):
+    assert not _warnings(_ledger(name), np.zeros((99, M), bool))
+    turn = sasg_jax.compressed_sgd(0.1, rule=sasg_jax.every(50), num_workers=M)
+    assert not _warnings(sasg_jax.Ledger(turn.init(jnp.zeros(3))), np.zeros((99, M), bool))
+    forced = sasg_jax.sasg(0.1, num_workers=M, max_staleness=1)
+    assert not _warnings(sasg_jax.Ledger(forced.init(jnp.zeros(3))), np.ones((99, M), bool))
+
+
+# Several processes --------------------------------------------------------------------------------
+
+PROCESS = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
+import sasg_jax
+tx = sasg_jax.compressed_sgd(0.1, rule=sasg_jax.every(3), num_workers=4)
+loss = lambda params, batch: jnp.sum(params * batch)
+train_step = sasg_jax.make_train_step(loss, tx, num_workers=4, driver="shard_map", donate=False)
+state = train_step.init(jnp.ones(3))
+ledger, flags = sasg_jax.Ledger(state.opt_state), []
+for _ in range(4):
+    state, info = jax.block_until_ready(train_step.step(state, np.ones(4, np.float32)))
+    assert not info.uploaded.is_fully_addressable
+    ledger.record(info.uploaded, np.array([True, True, True, False]))
+    flags.append(info.uploaded)
+ledger.record(jax.jit(lambda *rows: jnp.stack(rows))(*flags))
+print(json.dumps(ledger.to_dict()))
+"""
+
+
+@pytest.mark.processes
+def test_flags_that_lie_on_the_devices_of_several_processes(tmp_path):
+    """Every process counts all of them, round by round and at once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(process), address],
+            env=environment,
+            cwd=pathlib.Path(sasg_jax.__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    want = sasg_jax.Ledger(
+        sasg_jax.compressed_sgd(0.1, rule=sasg_jax.every(3), num_workers=M).init(jnp.ones(3))
+    )
+    turns = _rounds("1001 0010 0100 1001")
+    want.record(turns, np.tile([True, True, True, False], (4, 1)))
+    want.record(turns)
+    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [want.to_dict()] * 2
