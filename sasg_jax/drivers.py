@@ -5,12 +5,11 @@ axis over workers.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -18,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sasg_jax._checks import expected
 from sasg_jax.control_flow import add_rows, refuse_collectives, same_on_all, zero_after
 from sasg_jax.directions import Direction
+from sasg_jax.numerics import wide
+from sasg_jax.server import serve
 from sasg_jax.states import ServerState, diagnostics
 from sasg_jax.train_state import (
     INFO_OWNERS,
@@ -28,22 +29,14 @@ from sasg_jax.train_state import (
     mean_loss,
     owners,
 )
-from sasg_jax.transform import Transformation, check_present, join_simulated
+from sasg_jax.transform import Transformation, check_present
 
 PyTree = Any
 WorkerRound = Callable[[TrainState, PyTree, Any], tuple[TrainState, RoundInfo]]
 """``state, info = worker_round(state, batch, present)``, one worker's view."""
 
 
-def simulate(
-    worker_round: WorkerRound,
-    state: TrainState,
-    batch: PyTree,
-    present: jax.Array | None,
-    *,
-    num_workers: int,
-    axis_name: str,
-) -> tuple[TrainState, RoundInfo]:
+def simulate(worker_round: WorkerRound, state, batch, present, *, num_workers, axis_name):
     """All workers at once on one device, by ``jax.vmap``.
 
     Raises:
@@ -53,7 +46,7 @@ def simulate(
 
     def checked(state, batch, present):
         state, info = worker_round(state, batch, present)
-        return map_shared(same_on_all, own, state), info
+        return jax.tree.map(lambda o, x: x if o else same_on_all(x), own, state), info
 
     axes = choose(own, 0, None)
     return jax.vmap(
@@ -65,23 +58,15 @@ def simulate(
     )(state, batch, present)
 
 
-def on_mesh(
-    worker_round: WorkerRound,
-    state: TrainState,
-    batch: PyTree,
-    present: jax.Array | None,
-    *,
-    mesh: Mesh,
-) -> tuple[TrainState, RoundInfo]:
+def on_mesh(worker_round: WorkerRound, state, batch, present, *, mesh: Mesh):
     """Each worker on a device of its own, by ``jax.shard_map``."""
-    (axis_name,) = mesh.axis_names
-    own = owners(state)
+    own, (axis_name,) = owners(state), mesh.axis_names
 
     def on_one_device(state, batch, present):
         # shard_map hands each worker a block with a leading axis of 1.
-        state = map_own(lambda x: x[0], own, state)
-        state, info = worker_round(state, jax.tree.map(lambda x: x[0], batch), present)
-        expand = lambda x: x[None]
+        first, expand = lambda x: x[0], lambda x: x[None]
+        state = map_own(first, own, state)
+        state, info = worker_round(state, jax.tree.map(first, batch), present)
         return map_own(expand, own, state), map_own(expand, INFO_OWNERS, info)
 
     split, shared = PartitionSpec(axis_name), PartitionSpec()
@@ -95,14 +80,7 @@ def on_mesh(
     )(state, batch, present)
 
 
-def on_devices(
-    worker_round: WorkerRound,
-    state: TrainState,
-    *,
-    devices: Sequence[Any],
-    axis_name: str,
-    donate: bool,
-) -> Callable[..., tuple[TrainState, RoundInfo]]:
+def on_devices(worker_round: WorkerRound, state, *, devices, axis_name: str, donate: bool):
     """As :func:`on_mesh` by ``jax.pmap``, which compiles by itself: for states like ``state``."""
     axes = choose(owners(state), 0, None)
     return jax.pmap(
@@ -116,16 +94,7 @@ def on_devices(
 
 
 def simulate_in_chunks(
-    direction: Direction,
-    tx: optax.GradientTransformationExtraArgs,
-    state: TrainState,
-    batch: PyTree,
-    present: jax.Array | None,
-    *,
-    num_workers: int,
-    chunk_size: int,
-    axis_name: str,
-    pass_value: bool = False,
+    direction: Direction, tx: Any, state, batch, present, *, chunk_size, axis_name, pass_value=False
 ) -> tuple[TrainState, RoundInfo]:
     """All workers on one device, ``chunk_size`` at a time and the rest in the end.
 
@@ -136,16 +105,19 @@ def simulate_in_chunks(
       ValueError: the halves of ``tx`` cannot be run apart.
     """
     check_chunks(tx, chunk_size)
-    assert isinstance(tx, Transformation)
-    present = check_present(present, num_workers)
-    evaluate_alone = refuse_collectives(direction.evaluate, axis_name)
-    direction = dataclasses.replace(direction, evaluate=evaluate_alone)
     method, own_parts = tx.method, owners(state)
-    to_one = map_own(lambda x: x[0], own_parts, state)
-    own = keep_own_parts(own_parts, state)
+    num_workers = method.num_workers
+    present = check_present(present, num_workers)
+    alone = refuse_collectives(direction.evaluate, axis_name)
+    direction = dataclasses.replace(direction, evaluate=alone)
+    keep_own = lambda state: jax.tree.map(lambda o, x: x if o else (), own_parts, state)
+    fill_own = lambda own, state: jax.tree.map(
+        lambda o, mine, x: mine if o else x, own_parts, own, state
+    )
+    one = map_own(lambda x: x[0], own_parts, state)  # whose shared parts are right
 
     def one_worker(own, batch, index):
-        state = fill_own_parts(own_parts, own, to_one)
+        state = fill_own(own, one)
         made, grad_fn = evaluate(direction, tx, state, batch)
         mine = True if present is None else present[index]
         opt_state, post = tx.worker_part(
@@ -154,84 +126,52 @@ def simulate_in_chunks(
         info = RoundInfo(made.loss, *diagnostics(opt_state), made.aux)
         kept = keep_if(tx.find_ours(opt_state).worker.used, made, state)
         new_state = TrainState(params=state.params, opt_state=opt_state, **kept)
-        return keep_own_parts(own_parts, new_state), info._replace(threshold=()), post.message
+        return keep_own(new_state), info._replace(threshold=()), post.message
 
-    def chunk(own, batch, indices):
-        return jax.vmap(one_worker, axis_name=axis_name)(own, batch, indices)
-
+    chunk = jax.vmap(one_worker, axis_name=axis_name)
     size = min(chunk_size, num_workers)
-    workers = own, batch, jnp.arange(num_workers)
+    workers = keep_own(state), batch, jnp.arange(num_workers)
     part = lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
     _, infos, messages = jax.eval_shape(chunk, *jax.tree.map(part, workers))
-
-    def rows(shape):
-        return jnp.zeros((num_workers, *shape.shape[1:]), shape.dtype)
-
-    # Messages that add up are added as they come.
-    sums = method.exchange.sums
-    collected = jax.tree.map(
-        lambda s: (
-            jnp.zeros(s.shape[1:], jnp.promote_types(s.dtype, jnp.float32)) if sums else rows(s)
-        ),
-        messages,
-    )
+    rows = lambda s: jnp.zeros((num_workers, *s.shape[1:]), s.dtype)
+    sums = method.exchange.sums  # messages that add up are added as they come
+    total = lambda s: jnp.zeros(s.shape[1:], wide(s.dtype))
+    collected = jax.tree.map(total if sums else rows, messages)
 
     def run(carried, start, size):
         own, infos, collected = carried
-
-        def read(x):
-            return lax.dynamic_slice_in_dim(x, start, size)
-
-        def write(rows, part):
-            return lax.dynamic_update_slice_in_dim(rows, part, start, axis=0)
-
+        read = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+        write = lambda rows, part: lax.dynamic_update_slice_in_dim(rows, part, start, axis=0)
+        add = lambda total, rows: add_rows(total, rows.astype(total.dtype))
         new_own, info, message = chunk(*jax.tree.map(read, (own, *workers[1:])))
-        if sums:
-            add = lambda total, rows: add_rows(total, rows.astype(total.dtype))
-            collected = jax.tree.map(add, collected, message)
-        else:
-            collected = jax.tree.map(write, collected, message)
         own, infos = jax.tree.map(write, (own, infos), (new_own, info))
-        return own, infos, collected
+        return own, infos, jax.tree.map(add if sums else write, collected, message)
 
-    carried = own, jax.tree.map(rows, infos), collected
+    carried = workers[0], jax.tree.map(rows, infos), collected
     chunks, rest = divmod(num_workers, size)
     carried = lax.fori_loop(0, chunks, lambda i, carried: run(carried, i * size, size), carried)
-    if rest:
-        carried = run(carried, chunks * size, rest)
-    own, infos, collected = carried
+    own, infos, collected = run(carried, chunks * size, rest) if rest else carried
     if sums:
         collected = jax.tree.map(lambda x: x[None], collected)
 
-    opt_state = fill_own_parts(own_parts, own, to_one).opt_state  # its server's parts are right
-    params = state.params
     # Otherwise the compiler may write the rule's memory before the last worker has read it, and
     # copies it all to be on the safe side.
     zero = zero_after(infos.loss)
-    opt_state = jax.tree.map(
-        lambda node: node._replace(round=node.round + zero) if _is_server(node) else node,
-        opt_state,
-        is_leaf=_is_server,
-    )
-    kept, down = join_simulated(
-        method, tx.find_ours(opt_state).server, collected, infos.uploaded, present, params
-    )
+    is_server = lambda node: isinstance(node, ServerState)
+    later = lambda node: node._replace(round=node.round + zero) if is_server(node) else node
+    opt_state = jax.tree.map(later, fill_own(own, one).opt_state, is_leaf=is_server)
+    server = tx.find_ours(opt_state).server
+    flags = infos.uploaded if method.tells else present
+    kept, down = serve(method, server, collected, flags, state.params)
     there = True if present is None else present
     value = mean_loss(infos.loss, there, lambda tree: jax.tree.map(jnp.sum, tree))
     extra = {"value": value} if pass_value else {}
-    updates, opt_state = tx.server_part(opt_state, kept, down, params, extra)
-    ours = tx.find_ours(opt_state)
-    new_state = TrainState(
-        optax.apply_updates(params, updates), opt_state, to_one.model_state, to_one.keys
-    )
-    infos = infos._replace(
-        threshold=ours.server.threshold, finite=infos.finite & ours.server.finite
-    )
-    return fill_own_parts(own_parts, own, new_state), infos
-
-
-def _is_server(node: PyTree) -> bool:
-    return isinstance(node, ServerState)
+    updates, opt_state = tx.server_part(opt_state, kept, down, state.params, extra)
+    server = tx.find_ours(opt_state).server
+    params = optax.apply_updates(state.params, updates)
+    new_state = fill_own(own, one._replace(params=params, opt_state=opt_state))
+    finite = infos.finite & server.finite
+    return new_state, infos._replace(threshold=server.threshold, finite=finite)
 
 
 def check_chunks(tx: Any, chunk_size: int) -> None:
@@ -252,9 +192,6 @@ def check_chunks(tx: Any, chunk_size: int) -> None:
         )
 
 
-# Parts by owner -----------------------------------------------------------------------------------
-
-
 def choose(own_parts: PyTree, own: Any, shared: Any) -> PyTree:
     """``own`` for what belongs to one worker, else ``shared``."""
     return jax.tree.map(lambda is_own: own if is_own else shared, own_parts)
@@ -262,38 +199,12 @@ def choose(own_parts: PyTree, own: Any, shared: Any) -> PyTree:
 
 def map_own(fn: Callable[[jax.Array], Any], own_parts: PyTree, tree: PyTree) -> Any:
     """Applies ``fn`` to the arrays that belong to one worker."""
-    return jax.tree.map(
-        lambda is_own, part: jax.tree.map(fn, part) if is_own else part, own_parts, tree
-    )
-
-
-def map_shared(fn: Callable[[PyTree], PyTree], own_parts: PyTree, tree: PyTree) -> Any:
-    """Applies ``fn`` to the parts that are the same on all workers."""
-    return jax.tree.map(lambda is_own, part: part if is_own else fn(part), own_parts, tree)
-
-
-def keep_own_parts(own_parts: PyTree, tree: PyTree) -> PyTree:
-    """The parts that belong to one worker, and ``()`` in place of the others."""
-    return jax.tree.map(lambda is_own, part: part if is_own else (), own_parts, tree)
-
-
-def fill_own_parts(own_parts: PyTree, own: PyTree, tree: PyTree) -> Any:
-    """Puts the parts that belong to one worker into a tree."""
-    return jax.tree.map(lambda is_own, mine, part: mine if is_own else part, own_parts, own, tree)
+    return jax.tree.map(lambda o, part: jax.tree.map(fn, part) if o else part, own_parts, tree)
 
 
 def shardings(state: TrainState, mesh: Mesh) -> PyTree:
     """Where each array of a state lies when every worker has a device of its own."""
-    (axis_name,) = mesh.axis_names
-    split = NamedSharding(mesh, PartitionSpec(axis_name))
+    split = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
     shared = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda is_own, part: jax.tree.map(lambda _: split if is_own else shared, part),
-        owners(state),
-        state,
-    )
-
-
-def mesh_of(devices: Sequence[Any], axis_name: str) -> Mesh:
-    """One axis over workers."""
-    return Mesh(np.asarray(devices), (axis_name,))
+    where = lambda o, part: jax.tree.map(lambda _: split if o else shared, part)
+    return jax.tree.map(where, owners(state), state)

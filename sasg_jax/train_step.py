@@ -1,5 +1,6 @@
 """A ready training step: one worker's round, under the driver that is asked for."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,6 @@ from sasg_jax._checks import (
     check_bool,
     check_choice,
     check_int,
-    check_not_empty,
     expected,
 )
 from sasg_jax.directions import Direction, as_direction
@@ -86,14 +86,13 @@ def make_train_step(
         first called: a leading axis of ``batch`` is not M, ``tx`` contains no transformation of
         ours, or it carries state that differs between workers where it must not.
     """
-    check_int("num_workers", num_workers, minimum=1)
+    num_workers = check_int("num_workers", num_workers, minimum=1)
     check_choice("driver", driver, ("vmap", "pmap", "shard_map"))
     check_axis_name(axis_name)
     check_bool("donate", donate)
     check_bool("pass_value", pass_value)
-    direction = as_direction(
-        loss_fn, has_aux=has_aux, has_model_state=has_model_state, has_key=has_key
-    )
+    has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
+    direction = as_direction(loss_fn, **has)
     if isinstance(tx, optax.MultiSteps):
         raise ValueError(MULTI_STEPS)
     tx = optax.with_extra_args_support(tx)
@@ -110,14 +109,20 @@ def make_train_step(
                 direction, tx, state, batch, present, axis_name=axis_name, pass_value=pass_value
             )
         except TypeError as error:
-            if not pass_value:
-                error.add_note("If the optimiser needs value=..., say pass_value=True.")
+            if not pass_value and "'value'" in str(error):
+                error.add_note(
+                    "If the optimiser needs value=..., say pass_value=True. None has value_fn."
+                )
             raise
 
-    def simulated(state, batch, present):
-        return drivers.simulate(
-            one_worker, state, batch, present, num_workers=num_workers, axis_name=axis_name
-        )
+    simulated = functools.partial(
+        drivers.simulate, one_worker, num_workers=num_workers, axis_name=axis_name
+    )
+    mesh = Mesh(np.asarray(devices), (axis_name,)) if driver != "vmap" else None
+    run = simulated if mesh is None else functools.partial(drivers.on_mesh, one_worker, mesh=mesh)
+    if chunk_size is not None:
+        how = {"chunk_size": chunk_size, "axis_name": axis_name, "pass_value": pass_value}
+        run = functools.partial(drivers.simulate_in_chunks, direction, tx, **how)
 
     def check(state, batch, present):
         made_for = find_state(state.opt_state).wire.num_workers
@@ -127,13 +132,8 @@ def make_train_step(
         if driver != "vmap":
             # The simulation refuses to return as shared what depends on the worker. On devices it
             # would be one worker's, and replicas would drift apart.
-            shapes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)),
-                (state, batch, present),
-            )
-            jax.eval_shape(simulated, *shapes)
-
-    mesh = drivers.mesh_of(devices, axis_name) if driver != "vmap" else None
+            shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+            jax.eval_shape(simulated, *jax.tree.map(shape, (state, batch, present)))
 
     def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
         _check_init(direction, params, model_state, key)
@@ -149,45 +149,34 @@ def make_train_step(
                 direction=jax.tree.map(for_each_worker(num_workers), direction.init(params)),
             )
 
+        copies = lambda *given: jax.tree.map(jnp.copy, make(*given))  # the step donates them
         if mesh is None:
-            # Arrays of its own, each its own: the step donates them.
-            given = _on_one_device((params, model_state, key))
-            return jax.tree.map(jnp.copy, make(*given))
+            return copies(*_on_one_device((params, model_state, key)))
         if jax.process_count() > 1:
             _check_same_everywhere((params, model_state, key))
         # Every part where the step leaves it, so that the step is compiled once; each process
         # makes those of its own devices.
         given = _to_host((params, model_state, key))
-        shapes = jax.eval_shape(make, *given)
-        make_there = jax.jit(
-            lambda *given: jax.tree.map(jnp.copy, make(*given)),
-            out_shardings=drivers.shardings(shapes, mesh),
-        )
-        return make_there(*given)
-
-    if driver == "pmap":
-        mapped = _pmapped(one_worker, check, devices, axis_name, donate)
-        return TrainStep(init, _Step(mapped, mesh))
+        where = drivers.shardings(jax.eval_shape(make, *given), mesh)
+        return jax.jit(copies, out_shardings=where)(*given)
 
     def step(state, batch, present=None):
         check(state, batch, present)
-        if mesh is not None:
-            return drivers.on_mesh(one_worker, state, batch, present, mesh=mesh)
-        if chunk_size is None:
-            return simulated(state, batch, present)
-        return drivers.simulate_in_chunks(
-            direction,
-            tx,
-            state,
-            batch,
-            present,
-            num_workers=num_workers,
-            chunk_size=chunk_size,
-            axis_name=axis_name,
-            pass_value=pass_value,
-        )
+        return run(state, batch, present)
 
-    return TrainStep(init, _Step(jax.jit(step, donate_argnums=(0,) if donate else ()), mesh))
+    mapped: dict[Any, Any] = {}  # by the structure of what it is called with
+
+    def mapped_step(*arguments):
+        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(arguments))
+        known = jax.tree.structure(arguments), shapes
+        if known not in mapped:
+            check(*arguments)
+            how = {"devices": devices, "axis_name": axis_name, "donate": donate}
+            mapped[known] = drivers.on_devices(one_worker, arguments[0], **how)
+        return mapped[known](*arguments)
+
+    jitted = jax.jit(step, donate_argnums=(0,) if donate else ())
+    return TrainStep(init, _Step(mapped_step if driver == "pmap" else jitted, mesh))
 
 
 class _Step:
@@ -209,43 +198,27 @@ class _Step:
         return self._jitted.lower(*self._place(state, batch, present))
 
     def _place(self, state: TrainState, batch: PyTree, present: Any) -> tuple[Any, PyTree, Any]:
-        if self._mesh is None:
+        if (mesh := self._mesh) is None:
             return state, batch, present
-        devices = set(self._mesh.devices.flat)
+        devices = set(mesh.devices.flat)
 
         def is_elsewhere(x):
-            on_one = lambda where: isinstance(where, SingleDeviceSharding)
-            return _is_tied(x) and (on_one(x.sharding) or x.sharding.device_set != devices)
+            if not _is_tied(x):
+                return False
+            on_one = isinstance(x.sharding, SingleDeviceSharding)
+            return on_one or x.sharding.device_set != devices
 
-        def put(x, sharding):
-            return jax.device_put(x, sharding) if is_elsewhere(x) else x
-
+        put = lambda x, sharding: jax.device_put(x, sharding) if is_elsewhere(x) else x
         if any(map(is_elsewhere, jax.tree.leaves(state))):
-            state = jax.tree.map(put, state, drivers.shardings(state, self._mesh))
-        split = NamedSharding(self._mesh, PartitionSpec(*self._mesh.axis_names))
+            state = jax.tree.map(put, state, drivers.shardings(state, mesh))
+        split = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
         batch = jax.tree.map(lambda x: put(x, split), batch)
-        return state, batch, put(present, NamedSharding(self._mesh, PartitionSpec()))
-
-
-def _pmapped(one_worker, check, devices, axis_name, donate):
-    mapped: dict[Any, Callable[..., Any]] = {}  # by the structure of what it is called with
-
-    def step(state, batch, present=None):
-        arguments = state, batch, present
-        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(arguments))
-        known = jax.tree.structure(arguments), shapes
-        if known not in mapped:
-            check(*arguments)
-            mapped[known] = drivers.on_devices(
-                one_worker, state, devices=devices, axis_name=axis_name, donate=donate
-            )
-        return mapped[known](*arguments)
-
-    return step
+        return state, batch, put(present, NamedSharding(mesh, PartitionSpec()))
 
 
 def _check_init(direction: Direction, params: PyTree, model_state: PyTree, key: Any) -> None:
-    check_not_empty(params)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"Expected params to hold at least one array, got {params!r}.")
     if direction.has_key != (key is not None):
         raise expected("key", key, f"to be {'a PRNG key' if direction.has_key else 'None'} here")
     if direction.has_model_state != bool(jax.tree.leaves(model_state)):

@@ -21,7 +21,7 @@ from sasg_jax.compressors import Compressor
 from sasg_jax.control_flow import refuse_collectives
 from sasg_jax.method import Method, Parts, make_method
 from sasg_jax.rules import Rule
-from sasg_jax.server import finish, init_server, serve, served
+from sasg_jax.server import finish, init_server, served
 from sasg_jax.states import AggregateState, PipelineState, register_with_flax
 from sasg_jax.worker import Post, init_worker, worker_half, worker_half_with_mean
 
@@ -30,19 +30,13 @@ GradFn = Callable[[PyTree], PyTree]
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """A gradient transformation whose two halves can be run apart, e.g. in chunks of workers.
-
-    Made by :func:`aggregate`, :func:`compressed_sgd` and :func:`pipeline`.
-    """
+    """A gradient transformation whose two halves can be run apart, e.g. in chunks of workers."""
 
     method: Method
     worker_part: Callable[..., tuple[Any, Post]]
-    """``state, post = worker_part(grads, state, params, index, present, grad_fn)``: a worker's
-    state after its half of the round."""
+    """``state, post = worker_part(grads, state, params, index, present, grad_fn)``"""
     server_part: Callable[..., tuple[PyTree, Any]]
-    """``updates, state = server_part(state, kept, down, params, extra_args)``: what every worker
-    makes of what the server sends."""
-
+    """``updates, state = server_part(state, kept, down, params, extra_args)``"""
     find_ours: Callable[[Any], AggregateState]
     """``ours = find_ours(state)``"""
 
@@ -213,7 +207,15 @@ def _from_method(method: Method) -> Transformation:
         direction = jax.tree.map(lambda g, p: jnp.asarray(g, p.dtype), grads, params)
 
         def reevaluate(at):
-            again = grad_fn(at)
+            try:
+                again = grad_fn(at)
+            except Exception as error:
+                if _find_masked(params) or isinstance(params, jax.Array):
+                    error.add_note(
+                        "grad_fn gets params as they reach sasg_jax: without what an optax.masked "
+                        "around it hides, or as the one vector that an optax.flatten makes of them."
+                    )
+                raise
             if _find_masked(params) and not _find_masked(again):
                 # optax.masked hides leaves of params that grad_fn gives a gradient for.
                 again = jax.tree.map(
@@ -292,12 +294,6 @@ def _join(method: Method, server, post: Post, present, params):
     rows = exchange.collect(post.message, flags, axis_name)
     kept, down = exchange.serve(fn, axis_name, kept, rows, flags, *operands)
     return kept, exchange.spread(down, axis_name)
-
-
-def join_simulated(method: Method, server, rows: PyTree, uploaded, present, params):
-    """As the exchange does, where all messages are at hand already."""
-    flags = uploaded if method.tells else present
-    return serve(method, server, rows, flags, params)
 
 
 def _check_kind(state: Any, kind: type) -> None:

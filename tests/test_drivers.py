@@ -94,7 +94,7 @@ def _case(name, chunk_size, slow=False):
     ("name", "chunk_size"),
     [
         _case("adamw", 3),  # two chunks and a rest
-        _case("momentum and local steps", 4),
+        _case("momentum and local steps", 4, slow=True),
         *(_case(name, 3, slow=True) for name in METHODS),
         *(_case("adamw", chunk_size, slow=True) for chunk_size in (1, 7, 100)),
     ],
@@ -112,23 +112,18 @@ def test_chunks_make_the_same_round(name, chunk_size):
 
 
 def test_only_a_chunks_gradients_are_in_memory():
-    """Bytes of the compiled round beyond its state, by what the compiler says of it."""
-    params = {"w": jnp.zeros((256, 256))}
+    """Two gradients of each worker would be 64 times the parameters. What the compiled round takes
+    beyond its state is what the compiler says of it."""
+    params, workers = {"w": jnp.zeros((256, 256))}, 32
 
     def loss(params, batch):
         return jnp.sum(jnp.square(params["w"] @ batch))
 
-    def temporary_bytes(chunk_size, workers=32):
-        tx = sasg_jax.sasg(0.1, num_workers=workers, density=0.001, share_stale_params=True)
-        train_step = sasg_jax.make_train_step(loss, tx, num_workers=workers, chunk_size=chunk_size)
-        batch = jnp.ones((workers, 256))
-        step: Any = train_step.step  # jitted
-        compiled = step.lower(train_step.init(params), batch).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    d = 4 * 256 * 256
-    assert temporary_bytes(None) > 64 * d  # two gradients of each worker
-    assert temporary_bytes(2) < 20 * d
+    tx = sasg_jax.sasg(0.1, num_workers=workers, density=0.001, share_stale_params=True)
+    train_step = sasg_jax.make_train_step(loss, tx, num_workers=workers, chunk_size=2)
+    step: Any = train_step.step  # jitted
+    compiled = step.lower(train_step.init(params), jnp.ones((workers, 256))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 20 * 4 * 256 * 256
 
 
 def _takes_means():
@@ -186,7 +181,7 @@ def test_drivers_take_any_round_of_a_worker():
             drivers.simulate, one_worker, num_workers=workers, axis_name="workers"
         ),
         "on_mesh": functools.partial(
-            drivers.on_mesh, one_worker, mesh=drivers.mesh_of(devices, "workers")
+            drivers.on_mesh, one_worker, mesh=jax.sharding.Mesh(devices, ("workers",))
         ),
         "on_devices": drivers.on_devices(
             one_worker, start, devices=devices, axis_name="workers", donate=False
