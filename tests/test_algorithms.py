@@ -518,9 +518,8 @@ def test_auxiliary_sequence_moves_by_the_gradients(name):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("lasg", jnp.bfloat16),
         ("two_way", jnp.bfloat16),
-        *(_slow(name, jnp.bfloat16) for name in ("sgd", "sparse_sgd", "sasg")),
+        *(_slow(name, jnp.bfloat16) for name in METHODS if name != "two_way"),
         *(_slow(name, jnp.float32) for name in METHODS),
     ],
 )
@@ -543,7 +542,7 @@ def test_converges_and_keeps_dtypes(name, dtype):
 
 @pytest.mark.parametrize(
     ("name", "exchange"),
-    [("lasg", None), ("two_way", "sharded"), _slow("sgd", None), _slow("two_way", None)],
+    [("two_way", "sharded"), *(_slow(name, None) for name in ("sgd", "lasg", "two_way"))],
 )
 def test_one_worker(name, exchange):
     """M = 1 runs, and dense methods are then plain SGD."""
@@ -574,6 +573,7 @@ def _quadratic_oracle(batch, rounds=3):
     ).params
 
 
+@pytest.mark.slow
 def test_workers_may_be_renumbered():
     """Permuting the batches permutes the workers' states and leaves the parameters."""
     permutation = np.array([2, 0, 3, 1])
@@ -595,7 +595,7 @@ def test_workers_may_be_renumbered():
     chex.assert_trees_all_close(workers, permuted_workers, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sgd", "sasg"])
+@pytest.mark.parametrize("name", ["sasg", _slow("sgd")])
 def test_runs_for_several_seeds_under_vmap(name):
     """A vmap outside the map over workers: each seed's run is the run of that seed alone."""
     tx = METHODS[name](LEARNING_RATE, num_workers=M, **({"history": 2} if name == "sasg" else {}))

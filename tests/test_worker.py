@@ -347,10 +347,10 @@ def test_gradient_that_is_not_finite_is_refused(method, forced, bad):
 @pytest.mark.parametrize("silence", ["reuse", "keep"])
 @pytest.mark.parametrize("threshold", [-1.0, np.inf], ids=["uploads", "silent"])
 def test_product_with_the_rate_that_is_not_finite_is_refused(silence, threshold):
-    """A gradient of 1e20 and a rate of 1e30: each is a number of float32, the product is none."""
+    """A gradient of 1e15 and a rate of 1e30: each is a number of float32, the product is none."""
     method = _method(silence=silence)
     worker = _worker(method)
-    grads = _with(GRADS, 1e20)
+    grads = _with(GRADS, 1e15)
     new, post = _round(
         worker, method, grads=grads, stale_grads=grads, threshold=threshold, rate=1e30
     )
