@@ -1,4 +1,4 @@
-"""Random numbers: each worker draws its own, anew in every round, and nobody disturbs the others."""
+"""Random numbers: each worker draws its own, anew in every round, and nobody disturbs others."""
 
 import functools
 
