@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,8 +16,14 @@ STATIC_ARGUMENTS = ("num_workers", "density", "max_staleness", "history")
 
 
 def expected(name: str, value: Any, allowed: str) -> ValueError:
-    """Returns ``ValueError("Expected name=value <allowed>.")``."""
+    """``ValueError("Expected name=value <allowed>.")``"""
     return ValueError(f"Expected {name}={value!r} {allowed}.")
+
+
+def require(ok: Any, name: str, value: Any, allowed: str) -> None:
+    """Raises :func:`expected` unless ``ok``."""
+    if not ok:
+        raise expected(name, value, allowed)
 
 
 def _reject_traced(name: str, value: Any) -> None:
@@ -30,48 +36,41 @@ def _reject_traced(name: str, value: Any) -> None:
 
 
 def check_int(name: str, value: Any, *, minimum: int) -> int:
-    """Returns ``value`` as an int of at least ``minimum``; raises ValueError otherwise."""
+    """``value`` as an int of at least ``minimum``."""
     _reject_traced(name, value)
-    allowed = f"to be an integer of at least {minimum}"
-    if isinstance(value, bool):
-        raise expected(name, value, allowed)
     try:
-        result = operator.index(value)
+        result = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        raise expected(name, value, allowed) from None
-    if result < minimum:
-        raise expected(name, value, allowed)
+        result = None
+    if result is None or result < minimum:
+        raise expected(name, value, f"to be an integer of at least {minimum}")
     return result
 
 
-def check_bool(name: str, value: Any) -> bool:
-    """Returns ``value`` if it is a bool; raises ValueError otherwise."""
-    if not isinstance(value, bool):
-        raise expected(name, value, "to be True or False")
-    return value
+def check_bool(name: str, value: Any) -> None:
+    require(isinstance(value, bool), name, value, "to be True or False")
 
 
-def check_density(name: str, value: Any) -> float:
-    """Returns ``value`` as a float in (0, 1]; raises ValueError otherwise."""
+def check_fraction(name: str, value: Any) -> float:
+    """``value`` as a float in (0, 1]."""
     _reject_traced(name, value)
-    if not is_real(value) or not 0 < value <= 1:
-        raise expected(name, value, "in (0, 1]")
+    require(is_real(value) and 0 < value <= 1, name, value, "in (0, 1]")
     return float(value)
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
-    """Returns ``value`` if it is one of ``choices``; raises ValueError otherwise."""
-    if not isinstance(value, str) or value not in choices:
-        raise expected(name, value, f"to be one of {', '.join(map(repr, choices))}")
+    """``value``, which must be one of ``choices``."""
+    allowed = f"to be one of {', '.join(map(repr, choices))}"
+    require(isinstance(value, str) and value in choices, name, value, allowed)
     return value
 
 
 def check_learning_rate(value: Any) -> Any:
-    """Returns ``value`` if it is a schedule, a scalar array, or a finite number above 0."""
+    """``value``, which must be a schedule, a scalar array, or a finite number above 0."""
     if callable(value) or (isinstance(value, jax.Array) and value.ndim == 0):
         return value
-    if not is_real(value) or not (math.isfinite(value) and value > 0):
-        raise expected("learning_rate", value, "to be a finite number above 0 or an optax schedule")
+    ok = is_real(value) and math.isfinite(value) and value > 0
+    require(ok, "learning_rate", value, "to be a finite number above 0 or an optax schedule")
     return value
 
 
@@ -81,27 +80,22 @@ def is_real(value: Any) -> bool:
 
 
 def check_key(key: Any) -> Any:
-    """Returns a PRNG key as a typed one, or None; raises ValueError for anything else."""
+    """A PRNG key as a typed one, or None."""
     if key is None:
         return None
     _reject_traced("key", key)
     try:
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.clone(key)
-        else:
-            key = jax.random.wrap_key_data(key)
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        key = jax.random.clone(key) if typed else jax.random.wrap_key_data(key)
     except (AttributeError, TypeError, ValueError):
         raise expected("key", key, "to be a PRNG key, e.g. jax.random.key(0)") from None
-    if key.shape:
-        raise expected("key", key, "to be one PRNG key")
+    require(not key.shape, "key", key, "to be one PRNG key")
     return key
 
 
-def check_axis_name(axis_name: Any) -> Hashable:
-    """Returns ``axis_name`` if it can name one mapped axis; raises ValueError otherwise."""
-    if not isinstance(axis_name, str) or not axis_name:
-        raise expected("axis_name", axis_name, "to be a non-empty string")
-    return axis_name
+def check_axis_name(axis_name: Any) -> None:
+    is_name = isinstance(axis_name, str) and axis_name != ""
+    require(is_name, "axis_name", axis_name, "to be a non-empty string")
 
 
 def check_mapped_axis(axis_name: str, num_workers: int) -> None:
@@ -114,28 +108,26 @@ def check_mapped_axis(axis_name: str, num_workers: int) -> None:
             "scope. Call update inside jax.vmap, jax.pmap (axis_name=...) or jax.shard_map, or "
             "let sasg_jax.make_train_step do it."
         ) from None
-    if size != num_workers:
-        raise expected(
-            "num_workers", num_workers, f"to equal the size of axis {axis_name!r}, which is {size}"
-        )
+    allowed = f"to equal the size of axis {axis_name!r}, which is {size}"
+    require(size == num_workers, "num_workers", num_workers, allowed)
 
 
 def as_params(params: Any) -> Any:
-    """``params`` with arrays of JAX at its leaves: what JAX makes of those of NumPy and of floats.
+    """``params`` with arrays of JAX at its leaves, of strong types: a weak one would be strong
+    after the first round, and the step be compiled again.
 
     Raises:
       ValueError: an array has no entries, or 2**31 or more.
-      TypeError: a leaf is not of a real floating-point type of 16, 32 or 64 bits; the message
-        gives its path.
+      TypeError: a leaf is not of a real floating-point type of 16, 32 or 64 bits.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         where = f"params{jax.tree_util.keystr(path)}"
         try:
             dtype = jnp.result_type(leaf)
+            got, is_right = dtype.name, jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
         except TypeError:
-            dtype = None
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-            got = repr(leaf) if dtype is None else dtype.name
+            got, is_right = repr(leaf), False
+        if not is_right:
             raise TypeError(
                 f"Expected {where} to be of a floating-point type of 16 bits or more, got {got}. "
                 "Keep such leaves out of params (in the model state), or mask them with "
@@ -146,14 +138,7 @@ def as_params(params: Any) -> Any:
                 f"Expected {where} to have between 1 and 2**31 - 1 entries, "
                 f"got shape {jnp.shape(leaf)}."
             )
-    # A weak type would be a strong one after the first round, and the step be compiled again.
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
-
-
-def check_not_empty(params: Any) -> None:
-    """Raises ValueError unless ``params`` holds an array."""
-    if not jax.tree.leaves(params):
-        raise ValueError(f"Expected params to hold at least one array, got {params!r}.")
 
 
 def check_like(name: str, tree: Any, like: Any) -> None:
@@ -163,9 +148,8 @@ def check_like(name: str, tree: Any, like: Any) -> None:
         raise ValueError(
             f"Expected {name} to have the structure of params.\n  {name}: {got}\n  params: {want}"
         )
-    for (path, leaf), reference in zip(
-        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), reference in zip(leaves, jax.tree.leaves(like), strict=True):
         if jnp.shape(leaf) != jnp.shape(reference):
             raise ValueError(
                 f"Expected {name}{jax.tree_util.keystr(path)} to have the shape of its parameter, "

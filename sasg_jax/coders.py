@@ -7,14 +7,12 @@ receiver decodes and the remainder always add up to what was compressed.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sasg_jax.compressors.base import Compressed, Compressor
-
-PyTree = Any
+from sasg_jax.numerics import PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,32 +20,27 @@ class Coder:
     """Pure functions of messages, e.g. :func:`plain`.
 
     Args:
-      name: what it is called in errors.
       encode: ``coded = encode(message)``: a pytree of arrays whose shapes depend on those of the
         message alone. A message of zeros must come back as one that decodes to zeros.
       decode: ``message = decode(coded, shapes)``, with the shapes and dtypes of the message.
-      exact: whether ``decode`` gives back every message bit for bit.
     """
 
-    name: str
+    name: str  # in errors
     encode: Callable[[PyTree], PyTree]
     decode: Callable[[PyTree, PyTree], PyTree]
-    exact: bool = False
+    exact: bool = False  # decode gives back every message bit for bit
 
 
 def plain() -> Coder:
     """Sends a message's arrays as they are."""
-    return Coder(
-        name="plain()", encode=lambda message: message, decode=lambda x, shapes: x, exact=True
-    )
+    return Coder(name="plain()", encode=lambda x: x, decode=lambda x, shapes: x, exact=True)
 
 
 def coded(compressor: Compressor, coder: Coder) -> Compressor:
     """The compressor whose messages are the coded messages of ``compressor``.
 
-    Guarantees:
-      - Conservation: decoded message + remainder = tree, to the rounding of one subtraction; bit
-        for bit with an exact coder.
+    Decoded message + remainder = tree, to the rounding of one subtraction; bit for bit with an
+    exact coder.
     """
 
     def decode(coded, like):

@@ -10,7 +10,13 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.extend.core import jaxpr_as_fun
 
-PyTree = Any
+from sasg_jax.numerics import PyTree
+
+
+def stacked(size: int, tree: PyTree, batched: PyTree) -> PyTree:
+    """``tree`` with a leading axis of ``size`` on every array, also where it is not ``batched``."""
+    stack = lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+    return jax.tree.map(stack, tree, batched)
 
 
 def update_if(
@@ -22,17 +28,7 @@ def update_if(
     Under ``vmap`` a ``lax.cond`` becomes a select: both branches run for every entry, and every
     array is written anew. This loops over the active entries instead and writes their rows in
     place, so that a simulated round, like a real one, pays for a worker's upload only if there is
-    one.
-
-    Args:
-      active: whether to run ``fn``. ``# shape=(), dtype=bool``
-      fn: pure function of its arguments; it must not close over traced values. The carried tree
-        that it returns has the structure, shapes and dtypes of ``carried``.
-      carried: pytree of arrays.
-      *operands: pytrees of arrays.
-
-    Returns:
-      The new carried tree and the output.
+    one. ``fn`` must not close over traced values, and keeps the shapes and dtypes of ``carried``.
     """
     carried, operands = jax.tree.map(jnp.asarray, (carried, operands))
     output_shapes = jax.eval_shape(fn, carried, *operands)[1]
@@ -42,24 +38,14 @@ def update_if(
 
     @custom_vmap
     def conditional(active, carried, operands):
-        return lax.cond(
-            active,
-            lambda carried: fn(carried, *operands),
-            lambda carried: (carried, zeros()),
-            carried,
-        )
+        run = lambda carried: fn(carried, *operands)
+        return lax.cond(active, run, lambda carried: (carried, zeros()), carried)
 
     @conditional.def_vmap
     def loop_over_active(size, batched, active, carried, operands):
-        active_batched, carried_batched, operands_batched = batched
         # Inside a traced branch or loop, constants arrive as scalars that are no arrays.
         operands = jax.tree.map(jnp.asarray, operands)
-
-        def stacked(x, is_batched):
-            return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-
-        active = stacked(active, active_batched)
-        carried = jax.tree.map(stacked, carried, carried_batched)
+        active, carried = stacked(size, (active, carried), tuple(batched[:2]))
         order = jnp.argsort(~active, stable=True)  # the active entries first, in their order
 
         def body(i, loop_state):
@@ -70,7 +56,7 @@ def update_if(
                 return lax.dynamic_index_in_dim(rows, entry, keepdims=False) if is_batched else rows
 
             new_carried, output = fn(
-                jax.tree.map(read, carried), *jax.tree.map(read, operands, operands_batched)
+                jax.tree.map(read, carried), *jax.tree.map(read, operands, batched[2])
             )
             # A row is written in place only when nothing reads the old one any more. Else XLA
             # copies all rows: so where the row is written must depend on the output.
@@ -113,29 +99,24 @@ def for_all(flag: jax.Array) -> jax.Array:
 
 @for_all.def_vmap
 def _for_all_rule(size, batched, flag):
-    del size
     return (flag.all() if batched[0] else flag), False
 
 
 @custom_vmap
 def same_on_all(tree: PyTree) -> PyTree:
-    """``tree``, which under ``vmap`` over workers must be the same for all of them.
-
-    Raises:
-      ValueError: it depends on the worker.
-    """
+    """``tree``; raises ValueError under ``vmap`` over workers where it depends on the worker."""
     return tree
 
 
 @same_on_all.def_vmap
 def _same_on_all_rule(size, batched, tree):
-    del size
     if any(jax.tree.leaves(batched)):
         raise ValueError(
             "Expected params and everything in the optimiser state after the sasg_jax "
             "transformation to be the same on all workers, but a part depends on the worker. In "
             "sasg_jax.pipeline or optax.chain, put what sees a worker's own gradients before the "
-            "sasg_jax transformation."
+            "sasg_jax transformation. What optax.masked keeps from it is a worker's own, too: "
+            "set that to zero, e.g. by optax.partition with optax.set_to_zero()."
         )
     return tree, batched[0]
 
@@ -154,12 +135,9 @@ def add_rows(total: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def refuse_collectives(fn: Callable[..., PyTree], axis_name: str) -> Callable[..., PyTree]:
-    """``fn``, which must not use collectives over ``axis_name``.
+    """``fn``, which when called raises ValueError if it uses collectives over ``axis_name``.
 
     Where not all workers evaluate it at once, those that do would wait for the others for ever.
-
-    Raises:
-      ValueError: it does; when it is called.
     """
 
     def checked(*args):
@@ -180,14 +158,12 @@ def refuse_collectives(fn: Callable[..., PyTree], axis_name: str) -> Callable[..
 
 def _find_collective(jaxpr: Any, axis_name: str) -> str | None:
     """The name of a primitive that communicates over ``axis_name``, if there is one."""
+    has_equations = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
     for eqn in jaxpr.eqns:
-        axes = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
-        names = [name for x in axes for name in (x if isinstance(x, tuple) else (x,))]
-        if axis_name in names and eqn.primitive.name != "axis_index":
+        axes = jax.tree.leaves([eqn.params.get("axes", ()), eqn.params.get("axis_name", ())])
+        if axis_name in axes and eqn.primitive.name not in ("axis_index", "pvary"):
             return eqn.primitive.name
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=has_equations):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns") and (found := _find_collective(inner, axis_name)):
                 return found

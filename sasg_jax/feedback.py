@@ -6,16 +6,14 @@ sends differences to what the server has already.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sasg_jax._checks import expected, is_real
+from sasg_jax._checks import check_fraction
 from sasg_jax.compressors.base import Compressed
-from sasg_jax.numerics import wide
-
-PyTree = Any
+from sasg_jax.numerics import PyTree, wide
 
 
 class Residual(NamedTuple):
@@ -35,22 +33,20 @@ class Feedback:
     """Pure functions of the feedback's memory, made by the functions of this module.
 
     Args:
-      name: what it is called in errors.
       init: the memory before the first round, of shapes and dtypes ``tree``.
       before: ``p = before(direction, memory)``: what is compressed.
       after: ``memory = after(memory, compressed, decoded)``, once a message is made of p.
         ``decoded()`` is the message as the server decodes it.
       keep: ``memory = keep(memory, p)``: what a silent worker's p becomes, so that nothing of it is
         lost; None where it cannot be kept.
-      reconstructs: whether the server adds what arrives to what it has of the worker.
     """
 
-    name: str
+    name: str  # in errors
     init: Callable[[PyTree], PyTree]
     before: Callable[[PyTree, PyTree], PyTree]
     after: Callable[[PyTree, Compressed, Callable[[], PyTree]], PyTree]
     keep: Callable[[PyTree, PyTree], PyTree] | None = None
-    reconstructs: bool = False
+    reconstructs: bool = False  # the server adds what arrives to what it has of the worker
 
 
 def residual(decay: float = 1.0) -> Feedback:
@@ -63,15 +59,11 @@ def residual(decay: float = 1.0) -> Feedback:
 
     References: Stich et al., `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
     """
-    if not is_real(decay) or not 0 < decay <= 1:
-        raise expected("decay", decay, "in (0, 1]")
-
-    def add(x, e):
-        return x + e if decay == 1 else x + (decay * e).astype(x.dtype)
-
+    decay = check_fraction("decay", decay)
+    add = lambda x, e: x + e if decay == 1 else x + (decay * e).astype(x.dtype)
     return Feedback(
         name="residual()" if decay == 1 else f"residual({decay:g})",
-        init=lambda tree: Residual(_zeros(tree)),
+        init=lambda tree: Residual(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)),
         before=lambda x, memory: jax.tree.map(add, x, memory.residual),
         after=lambda memory, compressed, decoded: Residual(compressed.remainder),
         keep=lambda memory, p: Residual(p),
@@ -98,24 +90,13 @@ def reconstruction() -> Feedback:
 
     References: Richtárik et al., `EF21 <https://arxiv.org/abs/2106.05203>`_, 2021
     """
-
-    def init(tree):
-        return Reconstruction(jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), tree))
-
-    def before(direction, memory):
-        subtract = lambda x, h: (x - h).astype(x.dtype)
-        return jax.tree.map(subtract, direction, memory.reconstruction)
-
+    zeros = lambda x: jnp.zeros(x.shape, wide(x.dtype))
+    subtract = lambda x, h: (x - h).astype(x.dtype)
+    add = lambda h, decoded: Reconstruction(jax.tree.map(jnp.add, h, decoded))
     return Feedback(
         name="reconstruction()",
-        init=init,
-        before=before,
-        after=lambda memory, compressed, decoded: Reconstruction(
-            jax.tree.map(jnp.add, memory.reconstruction, decoded())
-        ),
+        init=lambda tree: Reconstruction(jax.tree.map(zeros, tree)),
+        before=lambda x, memory: jax.tree.map(subtract, x, memory.reconstruction),
+        after=lambda memory, compressed, decoded: add(memory.reconstruction, decoded()),
         reconstructs=True,
     )
-
-
-def _zeros(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)

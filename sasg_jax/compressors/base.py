@@ -8,33 +8,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from sasg_jax.numerics import PyTree
+
 Message = PyTree
 
 
 class MessageSize(NamedTuple):
     """What one message weighs, in exact Python integers."""
 
-    bytes: int
-    """Bytes of everything in the message: values and indices."""
-    paper_bits: int
-    """32 bits for every value and nothing for indices, the convention of the paper's Table II."""
+    bytes: int  # of everything in it, values and indices
+    paper_bits: int  # 32 for every value and nothing for indices, as in the paper's Table II
 
 
 class Compressed(NamedTuple):
     """What :attr:`Compressor.compress` makes of a tree."""
 
     message: Message
-    remainder: PyTree
-    """What the message left out, like the tree."""
-    memory: PyTree
-    """For the next tree."""
-
-
-def no_memory(tree: PyTree) -> PyTree:
-    """The memory of a compressor that has none."""
-    del tree
-    return ()
+    remainder: PyTree  # what the message left out, like the tree
+    memory: PyTree  # for the next tree
 
 
 def _not_given(*args: Any) -> Any:
@@ -46,20 +37,15 @@ class Compressor:
     """Pure functions of trees of arrays, e.g. :func:`identity` and :func:`top_k`.
 
     Args:
-      name: what it is called in errors, with its settings: ``"top_k(0.01)"``.
       compress: ``message, remainder, memory = compress(tree, memory, key)``. A message is a pytree
         of arrays whose shapes depend on those of the tree alone. A message of zeros must decode to
         zeros: it stands for one that was not sent.
       decompress_sum: ``tree = decompress_sum(messages, like, key)``: the sum of decoded messages,
         whose arrays have one more leading axis. It is taken in the order of that axis, so that all
         replicas get the same bits, and in at least float32. Shapes are those of ``like``.
-      init_memory: the memory before the first message. ``tree`` has arrays.
+      init_memory: ``memory = init_memory(tree)``, before the first message.
       num_values: how many values a message for ``tree`` holds, for the paper's bits; by default
         the floating-point numbers in it.
-      exact: whether the remainder is always zero, so that no residual need be kept.
-      unbiased: whether the decoded message is the tree in the mean, so that none need be kept.
-      linear: whether messages may be added before they are decoded, so that a sum serves.
-      random: whether ``compress`` draws random numbers, and needs a key.
       shares_key: whether all workers must draw the same, and ``decompress_sum`` again: the key is
         then that of the round, in place of the worker's own. Else ``decompress_sum`` gets None.
       compress_mean: in place of the two functions, for one that needs means over workers in the
@@ -68,28 +54,26 @@ class Compressor:
         must be the same on all workers.
     """
 
-    name: str
+    name: str  # in errors, with its settings: "top_k(0.01)"
     compress: Callable[[PyTree, PyTree, Any], Compressed] = _not_given
     decompress_sum: Callable[[Message, PyTree, Any], PyTree] = _not_given
-    init_memory: Callable[[PyTree], PyTree] = no_memory
+    init_memory: Callable[[PyTree], PyTree] = lambda tree: ()
     num_values: Callable[[PyTree], int] | None = None
-    exact: bool = False
-    unbiased: bool = False
-    linear: bool = False
-    random: bool = False
+    exact: bool = False  # the remainder is always zero, so that no residual need be kept
+    unbiased: bool = False  # the decoded message is the tree in the mean, so that none need be kept
+    linear: bool = False  # messages may be added before they are decoded, so that a sum serves
+    random: bool = False  # compress draws random numbers, and needs a key
     shares_key: bool = False
     compress_mean: Callable[[PyTree, PyTree, Any, Callable], Compressed] | None = None
 
     def decompress(self, message: Message, like: PyTree, key: Any = None) -> PyTree:
-        """Returns the one decoded ``message``, in the dtypes of ``like``."""
+        """The one decoded ``message``, in the dtypes of ``like``."""
         tree = self.decompress_sum(jax.tree.map(lambda x: x[None], message), like, key)
         return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), tree, like)
 
     def message_shapes(self, tree: PyTree) -> Message:
-        """Shapes and dtypes of a message for ``tree`` (arrays or ``jax.ShapeDtypeStruct``).
-
-        With ``compress_mean``, those of all that it takes means of.
-        """
+        """Shapes and dtypes of a message for ``tree`` (arrays or ``jax.ShapeDtypeStruct``); with
+        ``compress_mean``, of all that it takes means of."""
         leaves, treedef = jax.tree.flatten(tree)
         return _message_shapes(self, treedef, tuple((x.shape, x.dtype) for x in leaves))
 
@@ -107,8 +91,6 @@ class Compressor:
 
 @functools.lru_cache(maxsize=256)
 def _message_shapes(compressor: Compressor, treedef: Any, leaves: tuple[Any, ...]) -> Message:
-    tree = treedef.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-
     def message(tree, key):
         memory = compressor.init_memory(tree)
         if compressor.compress_mean is None:
@@ -117,4 +99,5 @@ def _message_shapes(compressor: Compressor, treedef: Any, leaves: tuple[Any, ...
         compressor.compress_mean(tree, memory, key, lambda x: averaged.append(x) or x)
         return averaged
 
+    tree = treedef.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     return jax.eval_shape(message, tree, jax.eval_shape(lambda: jax.random.key(0)))

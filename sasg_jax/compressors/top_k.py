@@ -3,18 +3,16 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from sasg_jax import selection as selection_lib
-from sasg_jax._checks import check_choice, check_density
+from sasg_jax._checks import check_choice, check_fraction
 from sasg_jax.compressors.base import Compressed, Compressor
-from sasg_jax.numerics import wide
-
-PyTree = Any
+from sasg_jax.numerics import PyTree, wide
 
 
 class TopKMessage(NamedTuple):
@@ -37,8 +35,8 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
 
     Args:
       density: kept fraction k/d, in (0, 1].
-      scope: ``"tensor"`` selects in every tensor by itself (the paper's setting). ``"tree"``
-        selects among all entries of the tree at once.
+      scope: ``"tensor"`` selects in every tensor by itself (the paper's setting), ``"tree"``
+        among all entries of the tree at once.
       selection: how the entries are found, see :mod:`sasg_jax.selection`. ``"auto"``, ``"lax"`` and
         ``"pruned"`` find the same set. ``"approximate"``, which reuses a threshold from message to
         message, is faster on the CPU and does not find exactly the k largest.
@@ -59,20 +57,18 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
 
     References: Stich et al., `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
     """
-    density = check_density("density", density)
+    density = check_fraction("density", density)
     check_choice("scope", scope, _SCOPES)
     check_choice("selection", selection, (*selection_lib.METHODS, "approximate"))
     is_approximate = selection == "approximate"
     to_vectors, from_vectors = _SCOPES[scope]
 
-    def kept(size: int) -> int:
-        return max(1, math.floor(density * size))
-
     def compress_vector(x, threshold):
+        kept = max(1, math.floor(density * x.size))
         if is_approximate:
-            indices, threshold = selection_lib.approximate_top_k(x, kept(x.size), threshold)
+            indices, threshold = selection_lib.approximate_top_k(x, kept, threshold)
         else:
-            indices = selection_lib.magnitude_top_k(x, kept(x.size), method=selection)
+            indices = selection_lib.magnitude_top_k(x, kept, method=selection)
         message = TopKMessage(x[indices], indices.astype(index_dtype(x.size)))
         return message, x.at[indices].set(0, unique_indices=True), threshold
 
@@ -92,37 +88,28 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
         return tuple(jnp.zeros((), jnp.float32) if is_approximate else () for _ in vectors)
 
     def compress(tree, memory, key):
-        del key
         parts = [compress_vector(*pair) for pair in zip(to_vectors(tree), memory, strict=True)]
         messages, remainders, thresholds = zip(*parts, strict=True) if parts else ((), (), ())
-        remainder = jax.tree.map(
-            lambda x, leaf: x.astype(leaf.dtype), from_vectors(remainders, tree), tree
-        )
+        remainder = from_vectors(remainders, tree)
+        remainder = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), remainder, tree)
         return Compressed(messages, remainder, thresholds)
 
     def decompress_sum(messages, like, key):
-        del key
         vectors = jax.eval_shape(to_vectors, like)
         sums = [decompress_sum_vector(*pair) for pair in zip(messages, vectors, strict=True)]
         return from_vectors(sums, like)
 
-    arguments = [f"{density:g}"]
-    arguments += [f"scope={scope!r}"] * (scope != "tensor")
+    arguments = [f"{density:g}"] + [f"scope={scope!r}"] * (scope != "tensor")
     arguments += [f"selection={selection!r}"] * is_approximate
+    name = f"top_k({', '.join(arguments)})"
     return Compressor(
-        name=f"top_k({', '.join(arguments)})",
-        compress=compress,
-        decompress_sum=decompress_sum,
-        init_memory=init_memory,
+        name=name, compress=compress, decompress_sum=decompress_sum, init_memory=init_memory
     )
 
 
 def index_dtype(size: int) -> jnp.dtype:
     """The smallest unsigned integer type that holds the indices of a vector of ``size``."""
-    for dtype in (jnp.uint8, jnp.uint16):
-        if size <= jnp.iinfo(dtype).max + 1:
-            return jnp.dtype(dtype)
-    return jnp.dtype(jnp.uint32)
+    return jnp.dtype("uint8" if size <= 1 << 8 else "uint16" if size <= 1 << 16 else "uint32")
 
 
 def _flatten_each(tree: PyTree) -> list[jax.Array]:
@@ -131,9 +118,7 @@ def _flatten_each(tree: PyTree) -> list[jax.Array]:
 
 def _unflatten_each(vectors: Sequence[jax.Array], like: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(like)
-    return treedef.unflatten(
-        [x.reshape(leaf.shape) for x, leaf in zip(vectors, leaves, strict=True)]
-    )
+    return treedef.unflatten([x.reshape(y.shape) for x, y in zip(vectors, leaves, strict=True)])
 
 
 def _concatenate(tree: PyTree) -> list[jax.Array]:
@@ -146,20 +131,18 @@ def _concatenate(tree: PyTree) -> list[jax.Array]:
                 "Expected params to have fewer than 2**31 entries in all for top_k(scope='tree'): "
                 f"params{jax.tree_util.keystr(path)} takes them to {total}. Use scope='tensor'."
             )
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
+    vectors = _flatten_each(tree)
+    if not vectors:
         return []
-    dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
-    return [jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in leaves])]
+    dtype = jnp.result_type(*(x.dtype for x in vectors))
+    return [jnp.concatenate([x.astype(dtype) for x in vectors])]
 
 
 def _split(vectors: Sequence[jax.Array], like: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(like)
-    if not leaves:
+    if not vectors:
         return like
-    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
-    parts = jnp.split(vectors[0], ends[:-1])
-    return treedef.unflatten([x.reshape(leaf.shape) for x, leaf in zip(parts, leaves, strict=True)])
+    ends = itertools.accumulate(leaf.size for leaf in jax.tree.leaves(like))
+    return _unflatten_each(jnp.split(vectors[0], list(ends)[:-1]), like)
 
 
 # How a tree becomes the vectors among whose entries the selection is made, and back.

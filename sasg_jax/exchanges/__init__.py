@@ -16,7 +16,7 @@ name        the server is                   what moves in a round
 ==========  ==============================  ===================================================
 """
 
-from sasg_jax._checks import check_choice, expected
+from sasg_jax._checks import check_choice, require
 from sasg_jax.exchanges.base import Exchange, Links, Needs, Traffic
 from sasg_jax.exchanges.gather import GATHER
 from sasg_jax.exchanges.lazy import LAZY
@@ -25,31 +25,25 @@ from sasg_jax.exchanges.relay import RELAY
 from sasg_jax.exchanges.server import SERVER
 from sasg_jax.exchanges.sharded import SHARDED
 
-EXCHANGES: dict[str, Exchange] = {
-    exchange.name: exchange for exchange in (GATHER, LAZY, SERVER, RELAY, SHARDED, PSUM)
-}
+EXCHANGES: dict[str, Exchange] = {x.name: x for x in (GATHER, LAZY, SERVER, RELAY, SHARDED, PSUM)}
 
 __all__ = ["EXCHANGES", "Exchange", "Links", "Needs", "Traffic", "choose"]
 
 
-def choose(exchange: "str | Exchange | None", needs: Needs) -> Exchange:
+def choose(exchange: str | Exchange | None, needs: Needs) -> Exchange:
     """The exchange that a user names, or what suits the method.
 
     Raises:
       ValueError: there is none of that name, or it cannot serve the method.
     """
     if exchange is None:
-        return _suited(needs)
+        if needs.downlink:
+            return SERVER
+        if not needs.always:
+            return LAZY
+        return PSUM if needs.linear or needs.mean_inside else GATHER
     if not isinstance(exchange, Exchange):
         exchange = EXCHANGES[check_choice("exchange", exchange, EXCHANGES)]
-    if reason := exchange.refuses(needs):
-        raise expected("exchange", exchange.name, reason)
+    reason = exchange.refuses(needs)
+    require(not reason, "exchange", exchange.name, reason or "")
     return exchange
-
-
-def _suited(needs: Needs) -> Exchange:
-    if needs.downlink:
-        return SERVER
-    if needs.always:
-        return PSUM if needs.linear or needs.mean_inside else GATHER
-    return LAZY

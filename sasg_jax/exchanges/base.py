@@ -3,20 +3,19 @@
 An exchange never looks inside a message: it moves pytrees of arrays of static shapes. Whether a
 worker uploads is known to all, so that all take the same branch of a ``lax.cond`` that holds the
 collective: a branch not taken moves nothing. Under ``vmap`` the workers' messages already stand in
-one array, and nothing need move: each exchange has there its own expression of the same
-mathematics.
+one array, and each exchange has there its own expression of the same mathematics.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-PyTree = Any
+from sasg_jax.numerics import PyTree
 
 
 class Links(NamedTuple):
@@ -47,16 +46,14 @@ class Needs(NamedTuple):
 
 def refuse_mean_inside(needs: Needs) -> str | None:
     """Why most exchanges cannot serve a method, or None."""
-    if needs.mean_inside:
-        return "to be 'psum' for a compressor that takes means over workers in the middle"
-    return None
+    why = "to be 'psum' for a compressor that takes means over workers in the middle"
+    return why if needs.mean_inside else None
 
 
 def refuse_downlink(needs: Needs) -> str | None:
     """Also where no step crosses the wire."""
-    if needs.downlink:
-        return "to be 'server' or 'sharded' for downlink=...: it sends no step to compress"
-    return refuse_mean_inside(needs)
+    why = "to be 'server' or 'sharded' for downlink=...: it sends no step to compress"
+    return why if needs.downlink else refuse_mean_inside(needs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,52 +61,41 @@ class Exchange:
     """How messages travel: one file of :mod:`sasg_jax.exchanges` each.
 
     Args:
-      name: what it is called in arguments and errors.
       refuses: ``reason = refuses(needs)``: what is expected of the argument ``exchange`` where it
         cannot serve a method, else None.
-      tell: ``flags = tell(uploaded, axis_name)``: who uploads, known to all. shape=(M,), dtype=bool
       collect: ``rows = collect(message, flags, axis_name)``: messages with a leading axis over
         workers, where the server is. The rows of silent workers mean nothing. Without flags
         everybody sends. Where ``sums``, one row: the sum of all messages.
+      moved_bytes: ``moved_bytes(shapes)``: the bytes that it makes of one message or step.
+      links: ``links(traffic)``: what a run moves over each worker's link, flags aside.
+      tell: ``flags = tell(uploaded, axis_name)``: who uploads, known to all. shape=(M,), dtype=bool
+      flag_links: ``flag_links(M)``: what one round's ``tell`` moves.
       serve: ``memory, down = serve(fn, axis_name, memory, *operands)``: runs ``fn(memory,
         *operands)`` where the server is.
       spread: ``down = spread(down, axis_name)``: what the server sends, on every worker.
-      moved_bytes: ``moved_bytes(shapes)``: the bytes that it makes of one message or step.
-      links: ``links(traffic)``: what a run moves over each worker's link, flags aside.
-      flag_links: ``flag_links(M)``: what one round's ``tell`` moves.
       mean: ``mean(tree, axis_name)``: the mean over workers, for compressors that need it.
-      sums: whether what it collects is the sum of the messages.
-      sharded: whether each worker serves its own shard, so that server memory differs between
-        workers.
-      forwards: whether in the paper's picture the server forwards uploads in place of a step.
     """
 
-    name: str
+    name: str  # in arguments and errors
     refuses: Callable[[Needs], str | None]
     collect: Callable[[PyTree, jax.Array | None, str], PyTree]
     moved_bytes: Callable[[PyTree], int]
     links: Callable[[Traffic], Links]
     tell: Callable[[jax.Array, str], jax.Array]
     flag_links: Callable[[int], Links]
-    serve: Callable[..., tuple[PyTree, PyTree]] = lambda fn, axis_name, memory, *operands: fn(
-        memory, *operands
-    )
+    serve: Callable[..., tuple[PyTree, PyTree]] = lambda fn, axis_name, *operands: fn(*operands)
     spread: Callable[[PyTree, str], PyTree] = lambda down, axis_name: down
     mean: Callable[..., PyTree] | None = None
-    sums: bool = False
-    sharded: bool = False
-    forwards: bool = False
+    sums: bool = False  # what it collects is the sum of the messages
+    sharded: bool = False  # each worker serves its own shard, and has server memory of its own
+    forwards: bool = False  # in the paper's picture the server forwards uploads, not a step
 
     def all_links(self, traffic: Traffic) -> Links:
         """What a run moves over each worker's link, with flags."""
+        times = traffic.flag_bytes * sum(traffic.rounds_by_uploads)
+        add = lambda moved, flags: [x + times * y for x, y in zip(moved, flags, strict=True)]
         flags = self.flag_links(len(traffic.uploads_by_worker))
-        flags_per_link = traffic.flag_bytes * sum(traffic.rounds_by_uploads)
-        return Links(
-            *(
-                [moved + flags_per_link * flag for moved, flag in zip(*sides, strict=True)]
-                for sides in zip(self.links(traffic), flags, strict=True)
-            )
-        )
+        return Links(*map(add, self.links(traffic), flags))
 
 
 def over_workers(
@@ -126,42 +112,30 @@ def over_workers(
       on_devices: the worker's view, with collectives. It must not close over traced values.
       simulated: ``simulated(size, message, batched)`` gets the messages of all workers, with a
         leading axis where ``batched``. Its result is the same on all workers.
-      axis_name: the mapped axis over workers.
-      message: a pytree of arrays.
-      *operands: what else ``on_devices`` needs; a simulation does not.
     """
 
     @custom_vmap
     def call(worker, operands):
-        del worker
         return on_devices(*operands)
 
     @call.def_vmap
     def rule(size, batched, worker, operands):
         worker_batched, operands_batched = batched
-        if not worker_batched:  # a vmap over something else, e.g. over seeds
-            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, operands_batched)
+        if worker_batched:
+            message = jax.tree.map(jnp.asarray, operands[0])
+            result = simulated(size, message, operands_batched[0])
+            return result, jax.tree.map(lambda _: False, result)
 
-            def simulated_each(num_workers, message, own):
-                # The axis over workers stands before the other.
-                axes = jax.tree.map(lambda x, o: int(o) if x else None, operands_batched[0], own)
-                one = lambda message: simulated(num_workers, message, own)
-                return jax.vmap(one, in_axes=(axes,), axis_size=size)(message)
+        # A vmap over something else, e.g. over seeds.
+        def simulated_each(num_workers, message, own):
+            # The axis over workers stands before the other.
+            axes = jax.tree.map(lambda x, o: int(o) if x else None, operands_batched[0], own)
+            one = lambda message: simulated(num_workers, message, own)
+            return jax.vmap(one, in_axes=(axes,), axis_size=size)(message)
 
-            each = jax.vmap(on_devices, in_axes=axes, axis_size=size)
-            result = over_workers(each, simulated_each, axis_name, *operands)
-            return result, jax.tree.map(lambda _: True, result)
-        message = jax.tree.map(jnp.asarray, operands[0])
-        result = simulated(size, message, operands_batched[0])
-        return result, jax.tree.map(lambda _: False, result)
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, operands_batched)
+        each = jax.vmap(on_devices, in_axes=axes, axis_size=size)
+        result = over_workers(each, simulated_each, axis_name, *operands)
+        return result, jax.tree.map(lambda _: True, result)
 
     return call(lax.axis_index(axis_name), (message, *operands))
-
-
-def stacked(size: int, tree: PyTree, batched: PyTree) -> PyTree:
-    """``tree`` with a leading axis of ``size`` on every array."""
-    return jax.tree.map(
-        lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (size, *x.shape)),
-        tree,
-        batched,
-    )

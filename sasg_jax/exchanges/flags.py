@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.exchanges.base import Links, over_workers, stacked
+from sasg_jax.control_flow import stacked
+from sasg_jax.exchanges.base import Links, over_workers
 
 
 def tell_all(uploaded: jax.Array, axis_name: str) -> jax.Array:
@@ -34,8 +35,7 @@ def tell_through_root(uploaded: jax.Array, axis_name: str) -> jax.Array:
     """
 
     def on_devices(uploaded):
-        flag = uploaded.astype(jnp.uint8)
-        size = lax.axis_size(axis_name)
+        flag, size = uploaded.astype(jnp.uint8), lax.axis_size(axis_name)
         flags = [flag] + [lax.ppermute(flag, axis_name, [(m, 0)]) for m in range(1, size)]
         return from_root(jnp.stack(flags), axis_name).astype(bool)
 

@@ -9,9 +9,7 @@ from sasg_jax.exchanges.packing import collect_words, packed_bytes
 
 
 def gather_rows(words, flags, axis_name):
-    def everything(words):
-        return lax.all_gather(words, axis_name)
-
+    everything = lambda words: lax.all_gather(words, axis_name)
     if flags is None:
         return everything(words)
     return lax.cond(flags.any(), everything, lambda words: no_rows(words, flags.size), words)

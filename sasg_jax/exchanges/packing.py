@@ -1,27 +1,24 @@
 """Messages as one vector of words: a collective of every array by itself would wait as often."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.exchanges.base import over_workers, stacked
+from sasg_jax.control_flow import stacked
+from sasg_jax.exchanges.base import over_workers
+from sasg_jax.numerics import PyTree
 
-PyTree = Any
+Rows = Callable[[jax.Array, jax.Array | None, str], jax.Array]
 
 
-def collect_words(
-    words_to_rows: Callable[[jax.Array, jax.Array | None, str], jax.Array],
-) -> Callable[[PyTree, jax.Array | None, str], PyTree]:
+def collect_words(words_to_rows: Rows) -> Callable[[PyTree, jax.Array | None, str], PyTree]:
     """Makes ``collect`` from a function of packed messages."""
 
     def collect(message, flags, axis_name):
         def on_devices(message, flags):
-            shapes = jax.eval_shape(lambda: message)
-            rows = words_to_rows(pack(message), flags, axis_name)
-            return jax.vmap(lambda row: unpack(row, shapes))(rows)
+            return unpack_rows(words_to_rows(pack(message), flags, axis_name), message)
 
         return over_workers(on_devices, stacked, axis_name, message, flags)
 
@@ -60,6 +57,11 @@ def unpack(words: jax.Array, shapes: PyTree) -> PyTree:
         return lax.bitcast_convert_type(bits, s.dtype).reshape(s.shape)
 
     return treedef.unflatten([take(s) for s in leaves])
+
+
+def unpack_rows(rows: jax.Array, like: PyTree) -> PyTree:
+    """Every row as a tree of shapes ``like``, with a leading axis."""
+    return jax.vmap(lambda row: unpack(row, like))(rows)
 
 
 def packed_bytes(shapes: PyTree) -> int:

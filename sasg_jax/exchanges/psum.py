@@ -1,7 +1,5 @@
 """``psum``: the sum of messages that everybody sends; nobody need be the server."""
 
-from typing import Any
-
 import jax
 from jax import lax
 from jax.flatten_util import ravel_pytree
@@ -9,22 +7,18 @@ from jax.flatten_util import ravel_pytree
 from sasg_jax.control_flow import sum_rows
 from sasg_jax.exchanges.base import Exchange, Links, Needs, over_workers
 from sasg_jax.exchanges.flags import tell_all, tell_all_links
-from sasg_jax.numerics import wide
-
-PyTree = Any
+from sasg_jax.numerics import PyTree, wide
 
 
 def _sum(message: PyTree, axis_name: str) -> PyTree:
     """The sum over workers, in at least float32: that of numbers in half precision may not fit."""
 
     def simulated(size, message, batched):
-        return jax.tree.map(
-            lambda x, is_batched: sum_rows(x) if is_batched else x * size, message, batched
-        )
+        add = lambda x, is_batched: sum_rows(x) if is_batched else x * size
+        return jax.tree.map(add, message, batched)
 
     def on_devices(message):
-        # One vector of each type: a sum of every tensor by itself waits as often as there are
-        # tensors.
+        # One vector of each type: a sum of every tensor by itself would wait as often.
         leaves, treedef = jax.tree.flatten(message)
         summed = list(leaves)
         for dtype in {x.dtype for x in leaves}:
@@ -38,20 +32,13 @@ def _sum(message: PyTree, axis_name: str) -> PyTree:
     return over_workers(on_devices, simulated, axis_name, message)
 
 
-def _collect(message, flags, axis_name):
-    del flags  # the messages of silent workers are zeros
+def _collect(message, flags, axis_name):  # the messages of silent workers are zeros
     return jax.tree.map(lambda x: x[None], _sum(message, axis_name))
 
 
 def _mean(tree: PyTree, axis_name: str) -> PyTree:
-    size = lax.axis_size(axis_name)
-    return jax.tree.map(
-        lambda total, x: (total / size).astype(x.dtype), _sum(tree, axis_name), tree
-    )
-
-
-def _moved_bytes(shapes):
-    return sum(x.size * wide(x.dtype).itemsize for x in jax.tree.leaves(shapes))
+    divide = lambda total, x: (total / lax.axis_size(axis_name)).astype(x.dtype)
+    return jax.tree.map(divide, _sum(tree, axis_name), tree)
 
 
 def _refuses(needs: Needs) -> str | None:
@@ -66,8 +53,7 @@ def _refuses(needs: Needs) -> str | None:
 
 
 def _links(traffic):
-    size = len(traffic.uploads_by_worker)
-    rounds = sum(traffic.rounds_by_uploads)
+    size, rounds = len(traffic.uploads_by_worker), sum(traffic.rounds_by_uploads)
     moved = 2 * rounds * traffic.upload_bytes * (size - 1) // size  # a ring sum
     return Links([moved] * size, [moved] * size)
 
@@ -76,7 +62,9 @@ PSUM = Exchange(
     name="psum",
     refuses=_refuses,
     collect=_collect,
-    moved_bytes=_moved_bytes,
+    moved_bytes=lambda shapes: sum(
+        x.size * wide(x.dtype).itemsize for x in jax.tree.leaves(shapes)
+    ),
     links=_links,
     tell=tell_all,
     flag_links=tell_all_links,

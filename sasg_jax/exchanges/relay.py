@@ -10,24 +10,18 @@ from sasg_jax.exchanges.server import rows_at_root
 
 
 def _rows_by_relay(words, flags, axis_name):
-    size = lax.axis_size(axis_name)
+    size, worker = lax.axis_size(axis_name), lax.axis_index(axis_name)
     rows = rows_at_root(words, flags, axis_name)
-    if flags is None:
-        flags = jnp.ones(size, bool)
+    flags = jnp.ones(size, bool) if flags is None else flags
     order = jnp.argsort(~flags, stable=True)  # those that uploaded first
-    worker = lax.axis_index(axis_name)
 
     def forward(slot, rows):
         origin = order[slot]
         row = lax.dynamic_index_in_dim(rows, origin, keepdims=False)
         received = jnp.where(worker == 0, row, 0)
         for target in range(1, size):
-            received |= lax.cond(
-                origin != target,
-                lambda row, target=target: lax.ppermute(row, axis_name, [(0, target)]),
-                jnp.zeros_like,
-                row,
-            )
+            to_target = lambda row, target=target: lax.ppermute(row, axis_name, [(0, target)])
+            received |= lax.cond(origin != target, to_target, jnp.zeros_like, row)
         row = jnp.where(worker == origin, words, received)
         return lax.dynamic_update_index_in_dim(rows, row, origin, axis=0)
 
@@ -38,10 +32,8 @@ def _links(traffic):
     message, total = traffic.upload_bytes, sum(traffic.uploads_by_worker)
     root, *others = traffic.uploads_by_worker
     forwarded = root * len(others) + sum(others) * (len(others) - 1)
-    return Links(
-        [forwarded * message, *(uploads * message for uploads in others)],
-        [sum(others) * message, *((total - uploads) * message for uploads in others)],
-    )
+    sent = [forwarded * message, *(uploads * message for uploads in others)]
+    return Links(sent, [sum(others) * message, *((total - x) * message for x in others)])
 
 
 RELAY = Exchange(

@@ -13,9 +13,7 @@ def rows_at_root(words, flags, axis_name):
     """All uploads, on worker 0."""
 
     def send(worker):
-        def to_root(words):
-            return lax.ppermute(words, axis_name, [(worker, 0)])
-
+        to_root = lambda words: lax.ppermute(words, axis_name, [(worker, 0)])
         if flags is None:
             return to_root(words)
         return lax.cond(flags[worker], to_root, jnp.zeros_like, words)
@@ -23,36 +21,26 @@ def rows_at_root(words, flags, axis_name):
     return jnp.stack([words] + [send(worker) for worker in range(1, lax.axis_size(axis_name))])
 
 
-def _serve_at_root(fn, axis_name, memory, *operands):
+def _serve_at_root(fn, axis_name, *served):
     def on_devices(served):
-        memory, operands = served
-        down = jax.eval_shape(fn, memory, *operands)[1]
+        down = jax.eval_shape(fn, *served)[1]
 
-        def nothing(memory):
+        def nothing(memory, *operands):
             return memory, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), down)
 
-        at_root = lax.axis_index(axis_name) == 0
-        return lax.cond(at_root, lambda memory: fn(memory, *operands), nothing, memory)
+        return lax.cond(lax.axis_index(axis_name) == 0, fn, nothing, *served)
 
-    def simulated(size, served, batched):
-        del size, batched
-        memory, operands = served
-        return fn(memory, *operands)
-
-    return over_workers(on_devices, simulated, axis_name, (memory, operands))
+    return over_workers(on_devices, lambda size, served, batched: fn(*served), axis_name, served)
 
 
 def _spread_from_root(down, axis_name):
-    def on_devices(down):
-        return unpack(from_root(pack(down), axis_name), jax.eval_shape(lambda: down))
-
+    on_devices = lambda down: unpack(from_root(pack(down), axis_name), down)
     return over_workers(on_devices, lambda size, down, batched: down, axis_name, down)
 
 
 def _links(traffic):
-    rounds = sum(traffic.rounds_by_uploads)
+    down = sum(traffic.rounds_by_uploads) * traffic.downlink_bytes
     up = [uploads * traffic.upload_bytes for uploads in traffic.uploads_by_worker[1:]]
-    down = rounds * traffic.downlink_bytes
     return Links([len(up) * down, *up], [sum(up), *(down for _ in up)])
 
 

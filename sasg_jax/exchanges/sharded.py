@@ -11,40 +11,25 @@ from jax import lax
 from sasg_jax.control_flow import update_if
 from sasg_jax.exchanges.base import Exchange, Links, refuse_mean_inside
 from sasg_jax.exchanges.flags import tell_all, tell_all_links
-from sasg_jax.exchanges.packing import pack, packed_bytes, unpack
+from sasg_jax.exchanges.packing import pack, packed_bytes, unpack_rows
+from sasg_jax.exchanges.shards import first
 
 
 def _collect_shards(message, flags, axis_name):
     """``message`` has a leading axis over shards; shard m goes to worker m."""
-    shapes = _without_leading_axis(message)
-
-    def send(words):
-        return lax.all_to_all(words, axis_name, split_axis=0, concat_axis=0)
-
-    words = jax.vmap(pack)(message)
+    send = lambda words: lax.all_to_all(words, axis_name, split_axis=0, concat_axis=0)
     any_upload = True if flags is None else flags.any()
-    rows = lax.cond(any_upload, send, jnp.zeros_like, words)
-    return jax.vmap(lambda row: unpack(row, shapes))(rows)
+    rows = lax.cond(any_upload, send, jnp.zeros_like, jax.vmap(pack)(message))
+    return unpack_rows(rows, jax.eval_shape(first, message))
 
 
 def _serve_shard(fn, axis_name, memory, *operands):
-    del axis_name
     return update_if(jnp.asarray(True), fn, memory, *operands)
 
 
 def _spread_shards(down, axis_name):
     """What each worker sends of its shard, with a leading axis over shards."""
-    shapes = jax.eval_shape(lambda: down)
-    rows = lax.all_gather(pack(down), axis_name)
-    return jax.vmap(lambda row: unpack(row, shapes))(rows)
-
-
-def _without_leading_axis(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
-
-
-def _one_shard_bytes(shapes):
-    return packed_bytes(_without_leading_axis(shapes))
+    return unpack_rows(lax.all_gather(pack(down), axis_name), down)
 
 
 def _links(traffic):
@@ -57,7 +42,7 @@ SHARDED = Exchange(
     name="sharded",
     refuses=refuse_mean_inside,
     collect=_collect_shards,
-    moved_bytes=_one_shard_bytes,
+    moved_bytes=lambda shapes: packed_bytes(jax.eval_shape(first, shapes)),
     links=_links,
     tell=tell_all,
     flag_links=tell_all_links,

@@ -5,38 +5,35 @@ zeros, so that shards of one tensor have one shape.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from sasg_jax.compressors.base import Compressed, Compressor
-
-PyTree = Any
+from sasg_jax.numerics import PyTree
 
 
 def cut(tree: PyTree, num_shards: int) -> PyTree:
     """Cuts every leaf of n entries into rows. ``# shape=(num_shards, ceil(n / num_shards))``"""
-
-    def rows(x):
-        x = x.reshape(-1)
-        return jnp.pad(x, (0, -x.size % num_shards)).reshape(num_shards, -1)
-
-    return jax.tree.map(rows, tree)
+    pad = lambda x: jnp.pad(x.reshape(-1), (0, -x.size % num_shards))
+    return jax.tree.map(lambda x: pad(x).reshape(num_shards, -1), tree)
 
 
 def join(shards: PyTree, like: PyTree) -> PyTree:
     """The inverse of :func:`cut`: leaves with the shapes of ``like``."""
-    return jax.tree.map(
-        lambda rows, leaf: rows.reshape(-1)[: leaf.size].reshape(leaf.shape), shards, like
-    )
+    uncut = lambda rows, leaf: rows.reshape(-1)[: leaf.size].reshape(leaf.shape)
+    return jax.tree.map(uncut, shards, like)
 
 
 def one_shard(tree: PyTree, num_shards: int) -> PyTree:
     """Shapes and dtypes of one shard of ``tree``."""
-    shards = jax.eval_shape(lambda tree: cut(tree, num_shards), tree)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shards)
+    return jax.eval_shape(lambda tree: first(cut(tree, num_shards)), tree)
+
+
+def first(tree: PyTree) -> PyTree:
+    """The first row of every leaf."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
@@ -47,7 +44,7 @@ def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
     """
 
     def init_memory(tree):
-        one = compressor.init_memory(jax.tree.map(lambda x: x[0], cut(tree, num_shards)))
+        one = compressor.init_memory(first(cut(tree, num_shards)))
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_shards, *x.shape)), one)
 
     def shard_key(key, shard):

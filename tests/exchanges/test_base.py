@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from problems import M
 
+from sasg_jax.control_flow import stacked
 from sasg_jax.exchanges import EXCHANGES, Links, Traffic
-from sasg_jax.exchanges.base import over_workers, stacked
+from sasg_jax.exchanges.base import over_workers
 
 MESSAGE = {
     "values": np.random.default_rng(0).normal(size=(M, 5)).astype(np.float32),
