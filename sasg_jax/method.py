@@ -71,11 +71,6 @@ class Method:
     axis_name: str
 
     @property
-    def complete(self) -> bool:
-        """Whether it has a learning rate, and so makes the step itself."""
-        return self.learning_rate is not None
-
-    @property
     def tells(self) -> bool:
         """Whether workers must tell who uploads."""
         return _tells(self.rule, self.silence, self.feedback)
@@ -98,28 +93,17 @@ class Method:
     @property
     def settings(self) -> tuple[tuple[str, str], ...]:
         """What a state is made for: names of the parts."""
-        return (
-            ("num_workers", str(self.num_workers)),
-            ("compressor", self.compressor.name),
-            ("rule", self.rule.name),
-            ("feedback", self.feedback.name),
-            ("silence", self.silence),
-            ("downlink", self.downlink.name),
-            ("exchange", self.exchange.name),
-        )
+        parts = {name: getattr(self, name) for name in _SETTINGS}
+        return tuple((name, str(getattr(part, "name", part))) for name, part in parts.items())
 
     def per_link(self, compressor: Compressor) -> Compressor:
         """``compressor`` as a worker uses it, that of a whole tree."""
         return per_shard(compressor, self.num_workers) if self.exchange.sharded else compressor
 
-    def rate(self, round: jax.Array) -> jax.Array | None:
-        """γ of a round, None where there is none."""
-        rate = self.learning_rate(round) if callable(self.learning_rate) else self.learning_rate
-        return None if rate is None else jnp.asarray(rate)
-
     def round(self, params: PyTree, number: jax.Array) -> Round:
         """What all workers know of a round."""
-        return Round(params, number, self.num_workers, self.rate(number))
+        rate = self.learning_rate(number) if callable(self.learning_rate) else self.learning_rate
+        return Round(params, number, self.num_workers, None if rate is None else jnp.asarray(rate))
 
     def keys(self, round: jax.Array, worker: jax.Array) -> tuple[Any, Any]:
         """Data of the key with which a worker compresses, and of the one that all share.
@@ -136,9 +120,8 @@ class Method:
         """The key that :meth:`keys` has for a compressor; None for one that draws nothing."""
         if not compressor.random:
             return None
-        return jax.random.wrap_key_data(
-            keys[1] if compressor.shares_key else keys[0], impl=jax.random.key_impl(self.key)
-        )
+        data = keys[1] if compressor.shares_key else keys[0]
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(self.key))
 
     def decoder_key(self, compressor: Compressor, keys: tuple[Any, Any]) -> Any:
         """The key with which a message is decoded; None where it says all itself."""
@@ -147,8 +130,7 @@ class Method:
     def wire(self, params: PyTree) -> Wire:
         """What one round moves."""
         up, down = self.per_link(self.compressor), self.per_link(self.downlink)
-        size, step = up.message_size(params), down.message_size(params)
-        exchange = self.exchange
+        size, step, exchange = up.message_size(params), down.message_size(params), self.exchange
         ours = exchanges_lib.EXCHANGES.get(exchange.name) is exchange
         return Wire(
             num_workers=self.num_workers,
@@ -163,6 +145,9 @@ class Method:
             method=self.settings,
             custom_exchange=None if ours else exchange,
         )
+
+
+_SETTINGS = ("num_workers", "compressor", "rule", "feedback", "silence", "downlink", "exchange")
 
 
 def make_method(
@@ -189,81 +174,87 @@ def make_method(
     """
     compressor = top_k(0.01) if compressor is None else compressor
     rule = always() if rule is None else rule
-    optional = type(None)
-    for name, value, kind in (
-        ("compressor", compressor, Compressor),
-        ("rule", rule, Rule),
-        ("feedback", feedback, (Feedback, optional)),
-        ("coder", coder, (Coder, optional)),
-        ("downlink", downlink, (Compressor, optional)),
-        ("downlink_coder", downlink_coder, (Coder, optional)),
+    for name, value, kind, maker in (
+        ("compressor", compressor, Compressor, "top_k, sasg_jax.identity"),
+        ("rule", rule, Rule, "innovation, sasg_jax.always, sasg_jax.every"),
+        ("feedback", feedback, Feedback, "residual, sasg_jax.none, sasg_jax.reconstruction"),
+        ("coder", coder, Coder, "plain"),
+        ("downlink", downlink, Compressor, "top_k, sasg_jax.identity"),
+        ("downlink_coder", downlink_coder, Coder, "plain"),
     ):
-        if not isinstance(value, kind):
-            raise expected(name, value, f"to be made by sasg_jax.{_MAKERS[name]}")
+        optional = name not in ("compressor", "rule")
+        if not (isinstance(value, kind) or (optional and value is None)):
+            own = f" or a {kind.__name__} of your own" + ", or to be None" * optional
+            raise expected(name, value, f"to be made by sasg_jax.{maker}{own}")
     num_workers = check_int("num_workers", num_workers, minimum=1)
     check_axis_name(axis_name)
-    if learning_rate is None and rule.needs_learning_rate:
-        raise expected(
+    key = check_key(key)
+    silence = rule.silence if silence is None else check_choice("silence", silence, SILENCES)
+    mean_inside = compressor.compress_mean is not None
+    keeps = silence == "keep" and not rule.always
+    up, down = compressor, identity() if downlink is None else downlink
+    up = up if coder is None else coded(up, coder)
+    down = down if downlink_coder is None or downlink is None else coded(down, downlink_coder)
+    feedback = _default_feedback(up, keeps) if feedback is None else feedback
+    means = f"for {compressor.name}, which takes means"
+    draws = next((part.name for part in (up, down) if part.random), None)
+    for wrong, name, value, allowed in (
+        (
+            learning_rate is None and rule.needs_learning_rate,
             "rule",
-            rule.name,
+            rule,
             "to have a number or numbers for alpha: as a function of the learning rate it needs an "
             "optimiser that has one (sasg_jax.sasg, compressed_sgd), and aggregate has none",
-        )
-    silence = rule.silence if silence is None else check_choice("silence", silence, SILENCES)
-    if downlink_coder is not None and downlink is None:
-        raise expected("downlink_coder", downlink_coder.name, "to come with a downlink=...")
-    if downlink is not None and downlink.compress_mean is not None:
-        raise expected("downlink", downlink.name, "to need no means over workers")
-    key = check_key(key)
-    mean_inside = compressor.compress_mean is not None
-    for name, value, right, allowed in (
-        ("rule", rule.name, rule.always, "always()"),
-        ("silence", silence, silence == "keep", "'keep'"),
-        ("coder", coder and coder.name, coder is None, "None"),
-        ("downlink", downlink and downlink.name, downlink is None, "None"),
+        ),
+        (
+            downlink_coder is not None and downlink is None,
+            "downlink_coder",
+            downlink_coder,
+            "to come with a downlink=...",
+        ),
+        (down.compress_mean is not None, "downlink", down, "to need no means over workers"),
+        (mean_inside and not rule.always, "rule", rule, f"to be always() {means}"),
+        (mean_inside and silence != "keep", "silence", silence, f"to be 'keep' {means}"),
+        (mean_inside and coder is not None, "coder", coder, f"to be None {means}"),
+        (mean_inside and downlink is not None, "downlink", downlink, f"to be None {means}"),
+        (
+            draws is not None and key is None,
+            "key",
+            key,
+            f"to be a PRNG key for {draws}, which draws at random",
+        ),
+        (
+            keeps and feedback.keep is None and not feedback.reconstructs,
+            "silence",
+            silence,
+            f"to be 'reuse' or 'drop' with {feedback.name}, which keeps nothing",
+        ),
+        (
+            feedback.reconstructs and (silence == "drop" or mean_inside),
+            "feedback",
+            feedback,
+            "only where a silent worker counts as what it has sent",
+        ),
+        (
+            up.shares_key and silence == "reuse" and not feedback.reconstructs,
+            "silence",
+            silence,
+            f"to be 'keep' or 'drop' for {up.name}: a last message cannot be decoded with the key "
+            "of another round",
+        ),
     ):
-        if mean_inside and not right:
-            raise expected(name, value, f"to be {allowed} for {compressor.name}, which takes means")
-    compressor = compressor if coder is None else coded(compressor, coder)
-    down = identity() if downlink is None else downlink
-    down = down if downlink_coder is None else coded(down, downlink_coder)
-    needs_key = [part.name for part in (compressor, down) if part.random]
-    if needs_key and key is None:
-        raise expected("key", key, f"to be a PRNG key for {needs_key[0]}, which draws at random")
-    keeps = silence == "keep" and not rule.always
-    feedback = _default_feedback(compressor, keeps) if feedback is None else feedback
-    if keeps and feedback.keep is None and not feedback.reconstructs:
-        raise expected(
-            "silence", silence, f"to be 'reuse' or 'drop' with {feedback.name}, which keeps nothing"
-        )
-    if feedback.reconstructs:
-        if silence == "drop" or mean_inside:
-            raise expected(
-                "feedback", feedback.name, "only where a silent worker counts as what it has sent"
-            )
-        silence = "reuse"
-    if compressor.shares_key and silence == "reuse" and not feedback.reconstructs:
-        raise expected(
-            "silence", silence, f"to be 'keep' or 'drop' for {compressor.name}: a last message "
-            "cannot be decoded with the key of another round"
-        )  # fmt: skip
+        if wrong:
+            raise expected(name, getattr(value, "name", value), allowed)
+    silence = "reuse" if feedback.reconstructs else silence
     needs = Needs(
         always=not _tells(rule, silence, feedback),
-        linear=compressor.linear,
+        linear=up.linear,
         mean_inside=mean_inside,
         downlink=downlink is not None,
     )
+    exchange = exchanges_lib.choose(exchange, needs)
     return Method(
-        compressor=compressor,
-        rule=rule,
-        feedback=feedback,
-        silence=silence,
-        downlink=down,
-        exchange=exchanges_lib.choose(exchange, needs),
-        num_workers=num_workers,
-        learning_rate=learning_rate,
-        key=key,
-        axis_name=axis_name,
+        *(up, rule, feedback, silence, down, exchange, num_workers, learning_rate, key, axis_name)
     )
 
 
@@ -276,13 +267,3 @@ def _default_feedback(compressor: Compressor, keeps: bool) -> Feedback:
 def _tells(rule: Rule, silence: str, feedback: Feedback) -> bool:
     """Also where all always upload, a refused gradient is a silent worker that counts as such."""
     return not rule.always or (silence != "keep" and not feedback.reconstructs)
-
-
-_MAKERS = {
-    "compressor": "top_k, sasg_jax.identity or a Compressor of your own",
-    "rule": "innovation, sasg_jax.always, sasg_jax.every or a Rule of your own",
-    "feedback": "residual, sasg_jax.none or sasg_jax.reconstruction, or to be None",
-    "coder": "plain or a Coder of your own, or to be None",
-    "downlink": "top_k, sasg_jax.identity or a Compressor of your own, or to be None",
-    "downlink_coder": "plain or a Coder of your own, or to be None",
-}

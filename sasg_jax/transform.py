@@ -241,7 +241,7 @@ def _from_method(method: Method) -> Transformation:
 
     def server_part(state, kept, down, params, extra_args):
         step, server = finish(method, state.server, kept, down, params)
-        updates = jax.tree.map(jnp.negative, step) if method.complete else step
+        updates = jax.tree.map(jnp.negative, step) if method.learning_rate is not None else step
         return updates, AggregateState(state.worker, server, state.wire)
 
     return _transformation(method, init, worker_part, server_part, lambda state: state)

@@ -257,8 +257,8 @@ def test_several_keys_are_not_one():
 
 def test_alpha_that_is_a_function_may_have_a_learning_rate():
     rule = sasg_jax.innovation(sasg_jax.released_alpha(0.5, M))
-    assert _make(TOP_K, rule, learning_rate=0.1).complete
-    assert not _make(TOP_K, RULE).complete
+    assert _make(TOP_K, rule, learning_rate=0.1).learning_rate == 0.1
+    assert _make(TOP_K, RULE).learning_rate is None
 
 
 # Random numbers -----------------------------------------------------------------------------------
