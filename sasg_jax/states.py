@@ -51,26 +51,16 @@ class Wire:
     """
 
     num_workers: int
-    upload_bytes: int
-    """One worker's message: values and indices."""
-    upload_paper_bits: int
-    """32 bits for every value of that message and nothing else, as in the paper's Table II."""
-    flag_bytes: int
-    """What one worker sends in every round to say whether it uploads; 0 where it always does."""
-    downlink_bytes: int
-    """What the server sends one worker in every round; 0 where it forwards uploads."""
-    moved_upload_bytes: int
-    """What the exchange makes of one message."""
-    moved_downlink_bytes: int
-    """What the exchange makes of one step."""
-    max_staleness: int
-    """Rounds after which a rule that looks at something forces an upload; 0 for other rules."""
+    upload_bytes: int  # one worker's message: values and indices
+    upload_paper_bits: int  # 32 bits for every value of it and nothing else: the paper's Table II
+    flag_bytes: int  # to say whether a worker uploads, each and every round; 0 where all know
+    downlink_bytes: int  # what the server sends one worker in a round; 0 where it forwards uploads
+    moved_upload_bytes: int  # what the exchange makes of one message
+    moved_downlink_bytes: int  # what the exchange makes of one step
+    max_staleness: int  # rounds after which a rule that looks at something forces an upload; or 0
     exchange: str
-    """How messages travel, one of :data:`sasg_jax.exchanges.EXCHANGES` where it is one of ours."""
-    method: tuple[tuple[str, str], ...] = ()
-    """The parts of the method that the state was made for."""
-    custom_exchange: Exchange | None = None
-    """The exchange itself, where it is none of ours."""
+    method: tuple[tuple[str, str], ...] = ()  # the parts of the method that the state is made for
+    custom_exchange: Exchange | None = None  # where it is none of sasg_jax.exchanges.EXCHANGES
 
     @property
     def exchange_object(self) -> Exchange:
