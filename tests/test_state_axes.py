@@ -1,4 +1,6 @@
-"""Which parts of a state belong to a worker, and optax's wrappers under both maps."""
+"""Which parts of a state belong to a worker, and what others put around ours."""
+
+import functools
 
 import chex
 import jax
@@ -14,7 +16,6 @@ import sasg_jax
 from sasg_jax._checks import STATIC_ARGUMENTS
 
 PARAMS = problems.quadratic_params()
-MASK = {"b": False, "w": True}
 APPROXIMATE = sasg_jax.top_k(DENSITY, selection="approximate")
 
 
@@ -28,41 +29,38 @@ def _sasg(learning_rate=LEARNING_RATE, **kwargs):
     return sasg_jax.sasg(learning_rate, num_workers=M, density=DENSITY, history=2, **kwargs)
 
 
+ADAPTIVE = sasg_jax.aggregate(
+    sasg_jax.top_k(DENSITY), sasg_jax.innovation(10.0, history=2), num_workers=M
+)
+
+
+def _approximate(exchange):
+    tx = sasg_jax.aggregate(APPROXIMATE, num_workers=M, downlink=APPROXIMATE, exchange=exchange)
+    return optax.chain(tx, optax.sgd(LEARNING_RATE))
+
+
 WRAPPED = {
     "plain": _sasg(),
-    "chain_before": optax.chain(optax.trace(0.9), _sasg()),
-    "chain_after": optax.chain(
-        sasg_jax.aggregate(
-            sasg_jax.top_k(DENSITY), sasg_jax.innovation(10.0, history=2), num_workers=M
-        ),
-        optax.adam(LEARNING_RATE),
-    ),
+    "pipeline": sasg_jax.pipeline(optax.trace(0.5), ADAPTIVE, optax.adam(LEARNING_RATE)),
+    "chain": optax.chain(optax.trace(0.9), ADAPTIVE, optax.adam(LEARNING_RATE)),
+    "named_chain": optax.named_chain(("trace", optax.trace(0.9)), ("ours", _sasg())),
     "nested_chain": optax.chain(optax.clip(1.0), optax.chain(optax.trace(0.5), _sasg())),
     # What masked leaves alone is each worker's own gradient: it must not reach the parameters.
     "masked": optax.chain(
-        optax.masked(_sasg(), MASK), optax.masked(optax.set_to_zero(), {"b": True, "w": False})
+        optax.masked(_sasg(), {"b": False, "w": True}),
+        optax.masked(optax.set_to_zero(), {"b": True, "w": False}),
     ),
+    "partition": optax.partition(
+        {"ours": _sasg(), "frozen": optax.set_to_zero()}, {"b": "frozen", "w": "ours"}
+    ),
+    "flatten": optax.flatten(_sasg()),
     "inject_hyperparams": optax.inject_hyperparams(sasg_jax.sasg, static_args=STATIC_ARGUMENTS)(
         LEARNING_RATE, num_workers=M, density=DENSITY, history=2
     ),
-    "multi_steps": optax.MultiSteps(
-        sasg_jax.sparse_sgd(LEARNING_RATE, num_workers=M, density=DENSITY), 2
-    ).gradient_transformation(),
-    "multi_steps_adaptive": optax.MultiSteps(_sasg(), 2),
-    "server": _sasg(exchange="server"),
-    "sharded": _sasg(exchange="sharded", downlink=sasg_jax.top_k(DENSITY)),
-    "approximate": optax.chain(
-        sasg_jax.aggregate(APPROXIMATE, num_workers=M, downlink=APPROXIMATE, exchange="server"),
-        optax.sgd(LEARNING_RATE),
-    ),
-    "sharded_approximate": optax.chain(
-        sasg_jax.aggregate(APPROXIMATE, num_workers=M, downlink=APPROXIMATE, exchange="sharded"),
-        optax.sgd(LEARNING_RATE),
-    ),
-    "sharded_in_a_chain": optax.chain(optax.clip(1.0), _sasg(exchange="sharded")),
+    "server": _approximate("server"),
+    "sharded": _approximate("sharded"),
 }
-SHARDED = [name for name in WRAPPED if "sharded" in name]
-OF_A_SHARD = (".server.messages", ".server.downlink_residual", ".server.downlink_memory")
+OF_A_SHARD = (".server.memory", ".server.downlink_feedback", ".server.downlink_memory")
 
 
 # Marks --------------------------------------------------------------------------------------------
@@ -82,26 +80,27 @@ def test_marks_ours(name):
     own, shared = _marks(name)
     leaves = jax.tree.leaves(WRAPPED[name].init(PARAMS))
     assert len(own) + len(shared) == len(leaves)
-    of_a_shard = OF_A_SHARD if name in SHARDED else ()
+    of_a_shard = OF_A_SHARD if name == "sharded" else ()
     own_of_server = [path for path in own if ".server" in path]
     assert all(any(part in path for part in of_a_shard) for path in own_of_server)
     assert not [path for path in shared for part in of_a_shard if part in path]
-    assert bool(own_of_server) == (name in SHARDED)
+    assert bool(own_of_server) == (name == "sharded")
     assert not [path for path in shared if ".worker" in path]
-    assert any(".worker.residual" in path for path in own)
+    assert any(".worker.feedback.residual" in path for path in own)
     assert any(".server.round" in path for path in shared)
 
 
 @pytest.mark.parametrize(
     ("name", "part", "belongs_to_worker"),
     [
-        ("chain_before", "[0].trace", True),
+        ("pipeline", ".before[1].trace", True),
+        ("pipeline", ".after[1][0].mu", False),
+        ("chain", "[0].trace", True),
+        ("chain", "[2][0].mu", False),
+        ("chain", "[2][0].count", False),
+        ("named_chain", "['trace'].trace", True),
         ("nested_chain", "[1][0].trace", True),
-        ("chain_after", "[1][0].mu", False),
-        ("chain_after", "[1][0].count", False),
         ("inject_hyperparams", ".hyperparams['learning_rate']", False),
-        ("multi_steps", ".acc_grads", True),
-        ("multi_steps", ".mini_step", False),
     ],
 )
 def test_marks_what_stands_around_ours(name, part, belongs_to_worker):
@@ -113,8 +112,7 @@ def test_marks_what_stands_around_ours(name, part, belongs_to_worker):
 
 
 def test_axes_specs_and_stacking_agree():
-    tx = WRAPPED["chain_before"]
-    state = tx.init(PARAMS)
+    state = WRAPPED["chain"].init(PARAMS)
     own = jax.tree.leaves(sasg_jax.per_worker(state))
     axes = jax.tree.leaves(sasg_jax.worker_axes(state), is_leaf=lambda x: x is None)
     specs = jax.tree.leaves(
@@ -135,128 +133,271 @@ def test_specs_default_to_the_axis_of_the_methods():
     assert tuple(specs.worker.staleness) == ("workers",)
 
 
+def test_keys_before_ours_are_a_worker_s_own():
+    """One for each worker, and none that another has."""
+    noise = optax.add_noise(0.1, 0.5, key=jax.random.key(3))
+    tx = optax.chain(noise, sasg_jax.sgd(LEARNING_RATE, num_workers=M))
+    keys = sasg_jax.stack_workers(tx.init(PARAMS), M)[0].rng_key
+    assert keys.shape == (M,)
+    assert len(np.unique(jax.random.key_data(keys), axis=0)) == M
+
+
 # Wrappers under vmap with worker_axes and under shard_map with worker_specs -----------------------
 
+ROUNDS = 8
 
-@pytest.mark.parametrize("name", WRAPPED)
-def test_wrapper_runs_alike_under_both_maps(name):
-    """Same results, stable state, one compilation; replicas agree bit for bit."""
-    rounds = 8
-    batches = problems.centres(rounds=rounds, seed=4)
-    runs = {}
-    for driver in ("vmap", "shard_map"):
-        traces = 0
 
-        def loss(params, batch):
-            nonlocal traces
-            traces += 1
-            return problems.quadratic_loss(params, batch)
+@functools.cache
+def _run(name, driver, tx=None):
+    """One's own loop, in a scan: a state whose shapes or types change would not fit into it."""
+    tx = WRAPPED[name] if tx is None else tx
+    batches = problems.centres(rounds=ROUNDS, seed=4)
+    start = problems.start(tx, PARAMS)
+    step = problems.map_workers(tx, start, driver=driver)
+    train = lambda run, batches: jax.lax.scan(lambda run, b: (step(run, b), None), run, batches)[0]
+    return start, jax.jit(train)(start, batches)
 
-        before = problems.start(WRAPPED[name], PARAMS)
-        step = problems.map_workers(WRAPPED[name], before, driver=driver, loss=loss)
-        run = step(before, problems.at(batches, 0))
-        if driver == "shard_map":  # its outputs are committed to their devices from now on
-            run = step(run, problems.at(batches, 1))
-        traces_at_first = traces
-        for t in range(1 if driver == "vmap" else 2, rounds):
-            run = step(run, problems.at(batches, t))
-        chex.assert_trees_all_equal_shapes_and_dtypes(run, before)
-        assert traces == traces_at_first
-        runs[driver] = run
-    chex.assert_trees_all_close(runs["vmap"], jax.device_get(runs["shard_map"]), atol=1e-5)
-    assert problems.same_on_all_devices(runs["shard_map"].params)
-    assert any(np.any(x) for x in jax.tree.leaves(runs["vmap"].params))
-    if "approximate" in name:
-        ours = runs["vmap"].opt_state[0]
+
+# Own flags and axes are the same for both: these have own parts in each of the places.
+ON_DEVICES = ("pipeline", "masked", "server", "sharded")
+
+
+@pytest.mark.parametrize("name", [name for name in WRAPPED if name != "flatten"])
+def test_wrapper_runs_in_ones_own_loop(name):
+    """In a stable state, which moves; where replicas are apart, they agree bit for bit."""
+    start, run = _run(name, "vmap")
+    chex.assert_trees_all_equal_shapes_and_dtypes(run, start)
+    moved = [bool(np.any(x)) for x in jax.tree.leaves(run.params)]
+    assert moved == ([False, True] if name in ("masked", "partition") else [True, True])
+    if name in ON_DEVICES:
+        _, on_devices = _run(name, "shard_map")
+        chex.assert_trees_all_close(run, jax.device_get(on_devices), atol=1e-5)
+        assert problems.same_on_all_devices(on_devices.params)
+    if name in ("server", "sharded"):
+        ours = run.opt_state[0]
         for memory in (ours.worker.compressor_memory, ours.server.downlink_memory):
             assert any(np.any(x) for x in jax.tree.leaves(memory))
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrapper_is_stable_in_scan(name):
-    run = problems.start(WRAPPED[name], PARAMS)
-    step = problems.map_workers(WRAPPED[name], run)
+def test_wrapper_in_a_train_step_is_that_in_ones_own_loop(name):
+    """With flatten the method on one vector: k of the whole, among all entries."""
+    train_step = sasg_jax.make_train_step(
+        problems.quadratic_loss, WRAPPED[name], num_workers=M, donate=False
+    )
+    batches = problems.centres(rounds=ROUNDS, seed=4)
+    state, _ = jax.lax.scan(train_step.step, train_step.init(PARAMS), batches)
+    if name == "flatten":
+        tree = sasg_jax.compressed_sgd(
+            LEARNING_RATE,
+            sasg_jax.top_k(DENSITY, scope="tree"),
+            sasg_jax.innovation(sasg_jax.released_alpha(0.5, M), history=2),
+            num_workers=M,
+        )
+        want = _run("of the tree", "vmap", tree)[1].params
+    else:
+        want = _run(name, "vmap")[1].params
+    chex.assert_trees_all_close(state.params, want, atol=1e-6)
 
-    def train(run, batches):
-        return jax.lax.scan(lambda run, batch: (step(run, batch), None), run, batches)[0]
 
-    after = jax.eval_shape(train, run, problems.centres(rounds=2))
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, run)
+def test_flatten_of_mixed_types():
+    """The stale parameters, which it keeps as one vector of the widest type, come back as each."""
+    params = {"b": jnp.zeros(6, jnp.bfloat16), "w": jnp.zeros((4, 6))}
+    types = []
+
+    def loss(params, batch):
+        types.append({key: x.dtype for key, x in params.items()})
+        return problems.quadratic_loss(params, batch)
+
+    tx = optax.flatten(_sasg())
+    train_step = sasg_jax.make_train_step(loss, tx, num_workers=M, donate=False)
+    jax.eval_shape(train_step.step, train_step.init(params), problems.centres())
+    assert len(types) >= 2
+    assert all(found == {"b": jnp.bfloat16, "w": jnp.float32} for found in types)
 
 
-def _run(tx, rounds=6, params=PARAMS):
-    batches = problems.centres(rounds=rounds, seed=4)
-    batches = {key: batches[key] for key in params}
-    run = problems.start(tx, params)
-    step = problems.map_workers(tx, run)
-    for t in range(rounds):
-        run = step(run, problems.at(batches, t))
-    return run.params
+@pytest.mark.parametrize("name", ["flatten", "masked"])
+def test_gradient_function_of_ones_own_learns_what_it_gets(name):
+    """Parameters as they reach ours: one that is written for others is told so."""
+    tx = WRAPPED[name]
+    start = problems.start(tx, PARAMS)
+
+    def worker(opt_state, batch):
+        grad_fn = lambda p: jax.grad(lambda p: sum(jnp.sum(p[k] - batch[k]) for k in p))(p)
+        return tx.update(grad_fn(PARAMS), opt_state, PARAMS, grad_fn=grad_fn)
+
+    axes = sasg_jax.worker_axes(start.opt_state)
+    with pytest.raises(Exception) as raised:  # noqa: PT011 its type is that of the function's own
+        jax.vmap(worker, in_axes=(axes, 0), axis_name="workers")(
+            start.opt_state, problems.centres()
+        )
+    assert any("grad_fn gets params as they reach sasg_jax" in n for n in raised.value.__notes__)
 
 
 def test_injected_learning_rate_is_the_learning_rate():
-    chex.assert_trees_all_close(
-        _run(WRAPPED["inject_hyperparams"]), _run(WRAPPED["plain"]), atol=1e-6
-    )
+    got, want = (_run(name, "vmap")[1].params for name in ("inject_hyperparams", "plain"))
+    chex.assert_trees_all_close(got, want, atol=1e-6)
 
 
 def test_injected_hyperparameters_can_be_changed_between_rounds():
     """Ten times the learning rate makes the next dense step ten times as long."""
-    factory = optax.inject_hyperparams(sasg_jax.sgd, static_args="num_workers")
-    run = problems.start(factory(0.01, num_workers=M), PARAMS)
-    step = problems.map_workers(factory(0.01, num_workers=M), run)
+    tx = optax.inject_hyperparams(sasg_jax.sgd, static_args="num_workers")(0.01, num_workers=M)
+    run = problems.start(tx, PARAMS)
+    step = problems.map_workers(tx, run)
     batch = problems.centres()
     run.opt_state.hyperparams["learning_rate"] = jnp.float32(0.1)
     want = jax.tree.map(lambda c: 0.1 * c.mean(0), batch)
     chex.assert_trees_all_close(step(run, batch).params, want, atol=1e-6)
 
 
-def test_masked_is_the_method_on_the_rest():
-    got = _run(WRAPPED["masked"])
-    chex.assert_trees_all_close(got["w"], _run(_sasg(), params={"w": PARAMS["w"]})["w"], atol=1e-6)
+@pytest.mark.parametrize("inject", [optax.inject_hyperparams, optax.inject_stateful_hyperparams])
+def test_injected_settings_that_must_not_be_arrays(inject):
+    """With the advice that helps, also where they are not traced."""
+    tx = inject(sasg_jax.sasg, static_args="num_workers")(0.1, num_workers=M, density=0.1)
+    with pytest.raises(TypeError, match=r"^Expected density to be a Python number .*static_args="):
+        tx.init(PARAMS)
+
+
+@pytest.mark.parametrize("name", ["masked", "partition"])
+def test_masked_is_the_method_on_the_rest(name):
+    rest = {"w": PARAMS["w"]}
+    start = problems.start(_sasg(), rest)
+    step = problems.map_workers(_sasg(), start)
+    for t in range(ROUNDS):
+        batch = problems.at(problems.centres(rounds=ROUNDS, seed=4), t)
+        start = step(start, {"w": batch["w"]})
+    got = _run(name, "vmap")[1].params
+    chex.assert_trees_all_close(got["w"], start.params["w"], atol=1e-6)
     np.testing.assert_array_equal(got["b"], PARAMS["b"])
 
 
-def test_multi_steps_is_the_dense_optimizer_on_accumulated_gradients():
-    """Two rounds of accumulation and one of SGD, from each worker's own gradients."""
-    tx = optax.MultiSteps(sasg_jax.sgd(LEARNING_RATE, num_workers=M), 2).gradient_transformation()
-    batches = problems.centres(rounds=4, seed=4)
-    want = PARAMS
-    for t in (0, 2):
-        mean = jax.tree.map(lambda c, t=t: c[t : t + 2].mean(0), batches)
-        want = jax.tree.map(lambda w, c: w - LEARNING_RATE * (w - c.mean(0)), want, mean)
-    chex.assert_trees_all_close(_run(tx, rounds=4), want, atol=1e-6)
-
-
 def test_momentum_before_ours_is_momentum_on_the_mean():
-    tx = optax.chain(optax.trace(0.9), sasg_jax.sgd(LEARNING_RATE, num_workers=M))
-    after = optax.chain(
-        sasg_jax.aggregate(sasg_jax.identity(), num_workers=M), optax.sgd(LEARNING_RATE, 0.9)
+    """For what is linear, so that the two may change places."""
+    before = optax.chain(optax.trace(0.9), sasg_jax.sgd(LEARNING_RATE, num_workers=M))
+    dense = sasg_jax.aggregate(sasg_jax.identity(), num_workers=M)
+    after = optax.chain(dense, optax.sgd(LEARNING_RATE, 0.9))
+    got, want = (_run(name, "vmap", tx)[1].params for name, tx in (("b", before), ("a", after)))
+    chex.assert_trees_all_close(got, want, atol=1e-6)
+
+
+# Optimisers that need the loss --------------------------------------------------------------------
+
+
+def test_value_is_the_mean_loss():
+    """Polyak's rate is loss / ‖mean gradient‖² here, and steps along the mean gradient."""
+    tx = optax.chain(
+        sasg_jax.aggregate(sasg_jax.identity(), num_workers=M),
+        optax.polyak_sgd(max_learning_rate=9),
     )
-    chex.assert_trees_all_close(_run(tx), _run(after), atol=1e-6)
+    train_step = sasg_jax.make_train_step(
+        problems.quadratic_loss, tx, num_workers=M, donate=False, pass_value=True
+    )
+    batch = problems.centres()
+    state, info = train_step.step(train_step.init(PARAMS), batch)
+    mean = {key: -c.mean(0) for key, c in batch.items()}
+    loss = np.mean([sum(0.5 * np.sum(c[m] ** 2) for c in batch.values()) for m in range(M)])
+    np.testing.assert_allclose(np.mean(info.loss), loss, rtol=1e-5)
+    rate = loss / sum(np.sum(g**2) for g in mean.values())
+    want = {key: -rate * g for key, g in mean.items()}
+    chex.assert_trees_all_close(state.params, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["polyak", "plateau", "line search"])
+def test_a_missing_value_is_said_to_be_on_offer(name):
+    after = {
+        "polyak": optax.polyak_sgd(),
+        "plateau": optax.contrib.reduce_on_plateau(),
+        "line search": optax.scale_by_backtracking_linesearch(3),
+    }[name]
+    train_step = sasg_jax.make_train_step(
+        problems.quadratic_loss, optax.chain(_sasg(), after), num_workers=M
+    )
+    with pytest.raises(TypeError, match="'value'") as raised:
+        train_step.step(train_step.init(PARAMS), problems.centres())
+    assert any("pass_value=True" in note for note in raised.value.__notes__)
+
+
+def test_other_type_errors_are_not_about_a_value():
+    def loss(params, batch):
+        raise TypeError("something else")
+
+    train_step = sasg_jax.make_train_step(loss, _sasg(), num_workers=M)
+    with pytest.raises(TypeError, match="something else") as raised:
+        train_step.step(train_step.init(PARAMS), problems.centres())
+    assert not any("pass_value" in note for note in getattr(raised.value, "__notes__", ()))
 
 
 # Refusals -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "function",
-    [sasg_jax.per_worker, sasg_jax.worker_axes, sasg_jax.worker_specs],
-)
-@pytest.mark.parametrize(
-    ("tx", "found"), [(optax.adam(0.1), 0), (optax.chain(_sasg(), _sasg()), 2)]
-)
-def test_state_without_exactly_one_of_ours(function, tx, found):
-    with pytest.raises(ValueError, match=rf"exactly one state of sasg_jax .*, found {found}"):
-        function(tx.init(PARAMS))
+def _skip(gradients, step, params):
+    del step, params
+    return ~jnp.isfinite(gradients["w"]).all(), ()
 
 
-def test_multi_steps_that_skips():
-    tx = optax.MultiSteps(_sasg(), 2, should_skip_update_fn=optax.skip_not_finite)
-    with pytest.raises(
-        ValueError, match=r"^Expected optax.MultiSteps without should_skip_update_f"
-    ):
-        sasg_jax.worker_axes(tx.init(PARAMS))
+MULTI_STEPS = r"^Expected a transformation without optax.MultiSteps .*gradient\(loss_fn, accumulat"
+REFUSED = {
+    "multi_steps": (optax.MultiSteps(_sasg(), 2).gradient_transformation(), MULTI_STEPS),
+    "multi_steps_in_a_chain": (
+        optax.chain(optax.clip(1.0), optax.MultiSteps(_sasg(), 2).gradient_transformation()),
+        MULTI_STEPS,
+    ),
+    "multi_steps_that_skips": (
+        optax.MultiSteps(_sasg(), 2, should_skip_update_fn=_skip).gradient_transformation(),
+        MULTI_STEPS,
+    ),
+    "multi_steps_that_skips_with_a_state": (
+        optax.MultiSteps(
+            _sasg(), 2, should_skip_update_fn=optax.skip_not_finite
+        ).gradient_transformation(),
+        MULTI_STEPS,
+    ),
+    "apply_if_finite": (
+        optax.apply_if_finite(_sasg(), 5),
+        r"^Expected a transformation without optax.apply_if_finite .* wait for each other for ever",
+    ),
+    "partition_with_another": (
+        optax.partition({"ours": _sasg(), "b": optax.adam(0.1)}, {"b": "b", "w": "ours"}),
+        r"^Expected optax.partition to have no optimiser beside sasg_jax, got one for label 'b'",
+    ),
+    "partition_of_two": (
+        optax.partition({"a": _sasg(), "b": _sasg()}, {"b": "b", "w": "a"}),
+        r"exactly one state of sasg_jax .*, found 2\. One transformation serves the whole tree",
+    ),
+    "two": (optax.chain(_sasg(), _sasg()), r"exactly one state of sasg_jax .*, found 2"),
+    "none": (optax.adam(0.1), r"exactly one state of sasg_jax .*, found 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_stand_around_ours_is_refused_before_the_first_round(name):
+    """In one's own loop and by a train step."""
+    tx, message = REFUSED[name]
+    state = tx.init(PARAMS)
+    functions = (sasg_jax.per_worker, sasg_jax.worker_axes, sasg_jax.worker_specs)
+    for function in (*functions, lambda state: sasg_jax.stack_workers(state, M)):
+        with pytest.raises(ValueError, match=message):
+            function(state)
+    with pytest.raises(ValueError, match=message):
+        sasg_jax.make_train_step(problems.quadratic_loss, tx, num_workers=M).init(PARAMS)
+
+
+@pytest.mark.parametrize("skip", [None, _skip])
+def test_multi_steps_itself(skip):
+    """Which is no transformation, but has the two functions of one."""
+    tx = optax.MultiSteps(_sasg(), 2, should_skip_update_fn=skip)
+    with pytest.raises(ValueError, match=MULTI_STEPS):
+        sasg_jax.per_worker(tx.init(PARAMS))
+    with pytest.raises(ValueError, match=MULTI_STEPS):
+        sasg_jax.make_train_step(problems.quadratic_loss, tx, num_workers=M)
+
+
+def test_masked_gradients_that_would_reach_the_parameters():
+    """Each worker's own: said in the first round, with what to do."""
+    tx = optax.masked(_sasg(), {"b": False, "w": True})
+    train_step = sasg_jax.make_train_step(problems.quadratic_loss, tx, num_workers=M)
+    with pytest.raises(ValueError, match=r"to be the same on all workers.*optax.set_to_zero\(\)"):
+        train_step.step(train_step.init(PARAMS), problems.centres())
 
 
 @pytest.mark.parametrize("num_workers", [0, -1, 1.5])
