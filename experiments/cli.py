@@ -13,14 +13,19 @@ import jax
 import rich.console
 import tyro
 
-from experiments import bench, cluster, data, estimate, report, reproduce, runs, wire
 from experiments.configs import CONFIGS, PAPER_METHODS, Config
-from experiments.figures import plot_curves
-from experiments.launch import end_with_launcher, launch
+from experiments.data import datasets as data
 from experiments.methods import make_optimizer
-from experiments.records import ResultsError, Store
-from experiments.runs import Reporter, perform
-from experiments.tables import comparison_table, describe
+from experiments.processes import cluster
+from experiments.processes.launch import end_with_launcher, launch
+from experiments.report import build as report
+from experiments.report.figures import plot_curves
+from experiments.report.tables import comparison_table, describe
+from experiments.studies import bench, estimate, reproduce
+from experiments.training import runs
+from experiments.training.records import ResultsError, Store
+from experiments.training.runs import Reporter, perform
+from experiments.wire import measure as wire
 from sasg_jax.exchange import EXCHANGES
 
 Method = Literal["sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way"]

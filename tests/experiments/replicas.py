@@ -1,7 +1,7 @@
 """Trains with every method and exchange, as a simulation or as one of several processes.
 
-``python replicas.py FOLDER NAME ...`` under :func:`experiments.launch.launch` leaves what each
-process has seen of the named pairs in FOLDER, one file for a process and a pair. Without a
+``python replicas.py FOLDER NAME ...`` under :func:`experiments.processes.launch.launch` leaves what
+each process has seen of the named pairs in FOLDER, one file for a process and a pair. Without a
 launcher, it leaves what the simulation of all workers has seen.
 """
 
@@ -14,8 +14,10 @@ import sys
 import jax
 import numpy as np
 
-from experiments import cluster, data, training
 from experiments.configs import CONFIGS
+from experiments.data import datasets as data
+from experiments.processes import cluster
+from experiments.training import train as training
 
 CONFIG = dataclasses.replace(CONFIGS["mnist_fc"], num_workers=4, iterations=300)
 METHODS_AND_EXCHANGES = (

@@ -7,13 +7,15 @@ import re
 
 import pytest
 
-from experiments import bench, findings, wire
 from experiments.configs import CONFIGS, PAPER_METHODS
-from experiments.figures import LABELS
-from experiments.records import Store, at_target
-from experiments.tables import format_bytes
+from experiments.report import findings
+from experiments.report.figures import LABELS
+from experiments.report.tables import format_bytes
+from experiments.studies import bench
+from experiments.training.records import Store, at_target
+from experiments.wire import measure as wire
 
-ROOT = pathlib.Path(findings.__file__).parents[1]
+ROOT = pathlib.Path(findings.__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text()
 
