@@ -14,7 +14,7 @@ import rich.console
 import tyro
 
 from experiments.configs import CONFIGS, PAPER_METHODS, Config
-from experiments.data import datasets as data
+from experiments import data
 from experiments.methods import make_optimizer
 from experiments.processes import cluster
 from experiments.processes.launch import end_with_launcher, launch

@@ -12,7 +12,7 @@ import rich.console
 import tyro
 
 from experiments.configs import CONFIGS, PAPER_METHODS, Config
-from experiments.data import datasets as data
+from experiments import data
 from experiments.report.figures import LABELS
 from experiments.report.tables import format_seconds
 from experiments.training.records import session, write_json

@@ -11,7 +11,7 @@ import rich.console
 import tyro
 
 from experiments.configs import CONFIGS, PAPER_METHODS
-from experiments.data import datasets as data
+from experiments import data
 from experiments.studies import estimate, theory
 from experiments.training.records import Store, session, write_json
 from experiments.training.runs import Reporter, Run, perform

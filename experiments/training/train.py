@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
 from experiments.configs import Config
-from experiments.data import datasets as data
+from experiments import data
 from experiments.methods import make_optimizer
 from experiments.processes.cluster import ClusterError, Group
 from experiments.training.checkpoints import Checkpoints, Progress

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from experiments.configs import CONFIGS
-from experiments.data import datasets as data
+from experiments import data
 from experiments.processes import cluster
 from experiments.training import train as training
 

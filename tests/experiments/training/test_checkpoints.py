@@ -17,7 +17,7 @@ import pytest
 
 import sasg_jax
 from experiments.configs import CONFIGS
-from experiments.data import datasets as data
+from experiments import data
 from experiments.training import train as training
 from experiments.training.checkpoints import Checkpoints, Progress, save_params
 from experiments.training.records import RunFiles

@@ -8,7 +8,7 @@ import pytest
 import rich.console
 
 from experiments.configs import CONFIGS
-from experiments.data import datasets as data
+from experiments import data
 from experiments.training import runs
 from experiments.training.records import Point, Store
 

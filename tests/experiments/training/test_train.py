@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import CONFIGS, PAPER_METHODS
-from experiments.data import datasets as data
+from experiments import data
 from experiments.training import train as training
 
 DIGITS = dataclasses.replace(CONFIGS["digits"], iterations=120, evaluate_every=50)
