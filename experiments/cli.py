@@ -13,9 +13,9 @@ import jax
 import rich.console
 import tyro
 
-from experiments.configs import CONFIGS, PAPER_METHODS, Config
 from experiments import data
-from experiments.methods import make_optimizer
+from experiments.configs import CONFIGS, Config
+from experiments.methods import PAPER_METHODS, MethodName, make_optimizer
 from experiments.processes import cluster
 from experiments.processes.launch import end_with_launcher, launch
 from experiments.report import build as report
@@ -28,7 +28,6 @@ from experiments.training.runs import Reporter, perform
 from experiments.wire import measure as wire
 from sasg_jax.exchange import EXCHANGES
 
-Method = Literal["sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way"]
 if TYPE_CHECKING:
     ConfigName = str
     Exchange = str
@@ -128,7 +127,7 @@ class Compare(Options):
     folder for each run, and curves.png.
     """
 
-    methods: tuple[Method, ...] = PAPER_METHODS
+    methods: tuple[MethodName, ...] = PAPER_METHODS
     """Which methods to train."""
 
     seeds: tuple[int, ...] = (1,)
@@ -139,7 +138,7 @@ class Compare(Options):
 class Run(Options):
     """Trains one method once; the same outputs as `compare`, with one record."""
 
-    method: Method = "sasg"
+    method: MethodName = "sasg"
     """Which method to train."""
 
     seed: int = 1

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.configs import CONFIGS, PAPER_METHODS
+from experiments.configs import CONFIGS
+from experiments.methods import METHODS
 from experiments.report import findings, paper
 from experiments.report.figures import Band, accuracy_range, plot_bands, plot_times
 from experiments.report.findings import Group, Results, Run, Spread, percent, share
@@ -583,7 +584,7 @@ def _estimates(results: Results) -> Section:
         *number_columns("estimate for a run"),
         *text_columns("machine"),
     ]
-    order = lambda e: (list(CONFIGS).index(e["config"]), PAPER_METHODS.index(e["method"]))
+    order = lambda e: (list(CONFIGS).index(e["config"]), list(METHODS).index(e["method"]))
     rows = [
         [
             Cell(f"{_dataset(CONFIGS[e['config']].dataset)}, {findings.method_label(e['method'])}"),

@@ -12,26 +12,8 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 
-from experiments.configs import METHODS
+from experiments.methods import METHODS
 from experiments.training.records import Store
-
-LABELS = {
-    "sgd": "SGD",
-    "sparse": "Sparse",
-    "lasg": "LASG",
-    "sasg": "SASG",
-    "sparse_two_way": "Sparse, two-way",
-    "sasg_two_way": "SASG, two-way",
-}
-
-# Blue, orange, green, red, brown, purple of a palette that is told apart without colour vision.
-_COLOURS: dict[str, str] = dict(
-    zip(
-        METHODS,
-        ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#ca9161", "#cc78bc"),
-        strict=True,
-    )
-)
 
 
 def plot_curves(store: Store, path: pathlib.Path, title: str) -> None:
@@ -53,7 +35,7 @@ def plot_curves(store: Store, path: pathlib.Path, title: str) -> None:
     runs = [files for files in store.runs() if files.record() is not None]
     labelled = set()
     accuracies = []
-    for files in sorted(runs, key=lambda files: METHODS.index(files.about()["method"])):
+    for files in sorted(runs, key=lambda files: list(METHODS).index(files.about()["method"])):
         method = files.about()["method"]
         curve = files.curve()
         accuracies += [point["test_accuracy"] for point in curve]
@@ -62,9 +44,9 @@ def plot_curves(store: Store, path: pathlib.Path, title: str) -> None:
                 axes[row, column].plot(
                     [position(point) for point in curve],
                     [point[key] for point in curve],
-                    color=_COLOURS[method],
+                    color=METHODS[method].colour,
                     linewidth=1.3,
-                    label=None if method in labelled else LABELS[method],
+                    label=None if method in labelled else METHODS[method].label,
                 )
         labelled.add(method)
     target = runs[0].about()["config"]["target_accuracy"]
@@ -94,7 +76,7 @@ def plot_wire(measurements: Sequence[Any], path: pathlib.Path, title: str) -> No
         1, 2, figsize=(12, 1.6 + 0.36 * len(measurements)), sharey=True, layout="constrained"
     )
     places = range(len(measurements))
-    colours = [_COLOURS[m.method] for m in measurements]
+    colours = [METHODS[m.method].colour for m in measurements]
     times.barh(places, [m.communication_ms for m in measurements], color=colours)
     times.set_xlabel("exchange, ms per round")
     kernel = [m.kernel_total / m.hosts for m in measurements]
@@ -103,7 +85,7 @@ def plot_wire(measurements: Sequence[Any], path: pathlib.Path, title: str) -> No
     moved.plot(ledger, places, "|", color="black", markersize=14, label="ledger")
     moved.set_xlabel("bytes sent per host and round, a mean over hosts")
     moved.legend(frameon=False)
-    times.set_yticks(places, [f"{LABELS[m.method]}, {m.exchange}" for m in measurements])
+    times.set_yticks(places, [f"{METHODS[m.method].label}, {m.exchange}" for m in measurements])
     times.invert_yaxis()
     for axis, values in ((times, [m.communication_ms for m in measurements]), (moved, kernel)):
         axis.set_xscale("log")
@@ -183,8 +165,9 @@ def plot_bands(
     with plt.rc_context(_PANEL_STYLE):
         figure, axis = plt.subplots(figsize=_PANEL, layout="constrained")
         for band in bands:
-            label = LABELS.get(band.method, band.method) + band.note
-            colour = _COLOURS.get(band.method, "0.4")
+            known = METHODS.get(band.method)
+            label, colour = (known.label, known.colour) if known else (band.method, "0.4")
+            label += band.note
             axis.plot(band.x, band.mean, color=colour, marker=marker, linewidth=1.5, label=label)
             axis.fill_between(band.x, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
         axis.set(xlabel=x_label, ylabel=y_label, xscale=x_scale, yscale=y_scale)
@@ -220,10 +203,12 @@ def plot_times(measurements: Sequence[Any], path: pathlib.Path) -> None:
     with plt.rc_context(_PANEL_STYLE):
         figure, axis = plt.subplots(figsize=(_PANEL[0], height), layout="constrained")
         times = [m.communication_ms for m in measurements]
-        bars = axis.barh(range(len(times)), times, color=[_COLOURS[m.method] for m in measurements])
+        bars = axis.barh(
+            range(len(times)), times, color=[METHODS[m.method].colour for m in measurements]
+        )
         axis.bar_label(bars, [f"{time:,.0f}" for time in times], padding=3, fontsize=10)
         axis.set_yticks(
-            range(len(times)), [f"{LABELS[m.method]}, {m.exchange}" for m in measurements]
+            range(len(times)), [f"{METHODS[m.method].label}, {m.exchange}" for m in measurements]
         )
         axis.invert_yaxis()
         axis.set(xlabel="exchange, ms per round", xscale="log")

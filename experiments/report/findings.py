@@ -4,12 +4,12 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from experiments.configs import CONFIGS, METHODS, PAPER_METHODS, SPARSE_METHODS
+from experiments.configs import CONFIGS
+from experiments.methods import METHODS, PAPER_METHODS
 from experiments.report import paper
-from experiments.report.figures import LABELS
 from experiments.studies.reproduce import DENSITIES, RUNS
 from experiments.training.records import Store
 from experiments.wire.measure import Measurement
@@ -82,15 +82,17 @@ class Results:
     theory: dict[str, Any] | None
     estimates: list[dict[str, Any]]
 
-    def groups(self, name: str, methods: Sequence[str] = METHODS) -> list[Group]:
+    def groups(self, name: str, methods: Collection[str] = METHODS) -> list[Group]:
         """Of the experiment ``name``, by density and then in the order of ``methods``."""
         by_key: dict[tuple[float, str], list[Run]] = {}
         for run in self.runs:
             config, method = run.about["config"], run.about["method"]
             if config["name"] == name and method in methods and run.record is not None:
-                density = config["density"] if method in SPARSE_METHODS else 0.0
+                density = config["density"] if METHODS[method].sparse else 0.0
                 by_key.setdefault((density, method), []).append(run)
-        ordered = sorted(by_key.items(), key=lambda item: (item[0][0], METHODS.index(item[0][1])))
+        ordered = sorted(
+            by_key.items(), key=lambda item: (item[0][0], list(METHODS).index(item[0][1]))
+        )
         return [
             Group(method, density or None, runs[0].about["config"], runs)
             for (density, method), runs in ordered
@@ -100,7 +102,7 @@ class Results:
         """One for each method, at the experiment's own density."""
         standard = CONFIGS[name].density
         found = [group for group in self.groups(name) if group.density in (None, standard)]
-        return sorted(found, key=lambda group: METHODS.index(group.method))
+        return sorted(found, key=lambda group: list(METHODS).index(group.method))
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -229,9 +231,9 @@ def uploads_verdict(groups: Sequence[Group]) -> Verdict:
             continue
         is_complete &= len(group.reached) >= _planned_seeds("mnist_fc", method)
         off = deviation(uploads.mean, paper.MNIST_UPLOADS[method])
-        cells.append(f"{LABELS[method]} {signed_percent(off)} ({_seeds(group)})")
+        cells.append(f"{METHODS[method].label} {signed_percent(off)} ({_seeds(group)})")
         if abs(off) > paper.UPLOADS_TOLERANCE:
-            outside.append(LABELS[method])
+            outside.append(METHODS[method].label)
     if not cells:
         return Verdict(*title, OPEN, "no run is done yet.")
     evidence = "; ".join(cells) + "."
@@ -266,9 +268,9 @@ def fewest_verdict(groups: Sequence[Group], where: str, claim: str) -> Verdict:
     uploads = _uploads(by_method.values())
     target = percent(next(iter(by_method.values())).config["target_accuracy"], 0)
     cells = [
-        f"{LABELS[method]} {uploads[method]:,.0f} ({_seeds(group)})"
+        f"{METHODS[method].label} {uploads[method]:,.0f} ({_seeds(group)})"
         if method in uploads
-        else f"{LABELS[method]} did not get there"
+        else f"{METHODS[method].label} did not get there"
         for method, group in by_method.items()
     ]
     evidence = f"uploads to {target}: {'; '.join(cells)}."
@@ -312,7 +314,7 @@ def _fewer_at_every_density(groups: Sequence[Group]) -> Verdict:
             statuses.append(OPEN)
         elif len(uploads) < 2:
             (only,) = uploads
-            cells.append(f"{name} only {LABELS[only]} got there")
+            cells.append(f"{name} only {METHODS[only].label} got there")
             statuses.append(HOLDS if only == "sasg" else FAILS)
         else:
             sasg, sparse = uploads["sasg"], uploads["sparse"]
@@ -341,7 +343,7 @@ def _accuracy_at_all_densities(groups: Sequence[Group]) -> Verdict:
             continue
         least, most = min(final.values()), max(final.values())
         cells.append(
-            f"{LABELS[method]} ends between {percent(least, 2)} and {percent(most, 2)} at "
+            f"{METHODS[method].label} ends between {percent(least, 2)} and {percent(most, 2)} at "
             f"{len(final)} densities, {100 * (most - least):.2f} points apart"
         )
         if most - least > _ACCURACY_SPREAD:
@@ -366,7 +368,7 @@ def communication_verdict(measurements: Sequence[Measurement]) -> Verdict:
     base = fastest["sgd"].communication_ms
     times = {method: found.communication_ms / base for method, found in fastest.items()}
     cells = [
-        f"{LABELS[method]} {share(ratio)} over {fastest[method].exchange} "
+        f"{METHODS[method].label} {share(ratio)} over {fastest[method].exchange} "
         f"({share(_papers_time(method))} in the paper)"
         for method, ratio in times.items()
         if method != "sgd"
@@ -375,7 +377,9 @@ def communication_verdict(measurements: Sequence[Measurement]) -> Verdict:
         f"time of the exchange beside SGD’s over {fastest['sgd'].exchange}, each method over its "
         f"fastest: {'; '.join(cells)}."
     )
-    slower = [LABELS[method] for method, ratio in times.items() if method != "sgd" and ratio >= 1]
+    slower = [
+        METHODS[method].label for method, ratio in times.items() if method != "sgd" and ratio >= 1
+    ]
     if slower:
         return Verdict(*title, FAILS, f"{evidence} Not faster than SGD: {', '.join(slower)}.")
     if "sasg" in times and times["sasg"] > min(times.values()):
@@ -435,7 +439,7 @@ def both_ways_note(groups: Sequence[Group]) -> Verdict | None:
 
 def method_label(method: str) -> str:
     """Its name for people; as it is where it is none of ours."""
-    return LABELS.get(method, method)
+    return METHODS[method].label if method in METHODS else method
 
 
 def _mean_at_target(group: Group, *keys: str) -> float:

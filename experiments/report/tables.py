@@ -7,8 +7,7 @@ import numpy as np
 import rich.box
 from rich.table import Table
 
-from experiments.configs import METHODS
-from experiments.report.figures import LABELS
+from experiments.methods import METHODS
 
 
 def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
@@ -60,11 +59,13 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
             ]
         if 0 < len(reached) < len(runs):
             notes.append(
-                f"{LABELS[method]}: {len(reached)} of {len(runs)} seeds reached the target; the "
-                "means are over these."
+                f"{METHODS[method].label}: {len(reached)} of {len(runs)} seeds reached the target; "
+                "the means are over these."
             )
         accuracy = f"{mean(runs, 'final_test_accuracy'):.2%}"
-        table.add_row(LABELS[method], *cells, accuracy, f"{mean(runs, 'ms_per_iteration'):.2f}")
+        table.add_row(
+            METHODS[method].label, *cells, accuracy, f"{mean(runs, 'ms_per_iteration'):.2f}"
+        )
     table.caption = " ".join(notes)
     return table
 

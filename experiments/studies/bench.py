@@ -27,9 +27,9 @@ import rich.console
 import rich.table
 
 import sasg_jax
-from experiments.configs import CONFIGS, PAPER_METHODS
-from experiments.methods import make_optimizer
-from experiments.report.figures import LABELS, plot_ratios
+from experiments.configs import CONFIGS
+from experiments.methods import METHODS, PAPER_METHODS, make_optimizer
+from experiments.report.figures import plot_ratios
 from experiments.training.records import session, write_json
 from experiments.training.train import chunk_size
 from sasg_jax.selection import MIN_FILL, approximate_top_k, magnitude_top_k
@@ -296,7 +296,9 @@ def _measure_round_where(how: str, repeats: int) -> list[Row]:
     cases: dict[str, Callable[[], Any]] = {"floor": _floor(config, calls)}
     uploads: dict[str, Callable[[], float]] = {}
     for method in PAPER_METHODS:
-        cases[LABELS[method]], uploads[LABELS[method]] = _simulated(config, method, calls, {})
+        cases[METHODS[method].label], uploads[METHODS[method].label] = _simulated(
+            config, method, calls, {}
+        )
     cases["SASG, approximate"], uploads["SASG, approximate"] = _simulated(
         config, "sasg", calls, {}, selection="approximate"
     )

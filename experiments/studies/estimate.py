@@ -11,9 +11,9 @@ import numpy as np
 import rich.console
 import tyro
 
-from experiments.configs import CONFIGS, PAPER_METHODS, Config
 from experiments import data
-from experiments.report.figures import LABELS
+from experiments.configs import CONFIGS, Config
+from experiments.methods import METHODS, PAPER_METHODS, MethodName
 from experiments.report.tables import format_seconds
 from experiments.training.records import session, write_json
 from experiments.training.train import train
@@ -33,7 +33,7 @@ class Estimate:
     config: tyro.conf.Positional[Literal["cifar10_resnet18", "cifar100_resnet18"]]
     """The setting: the paper's ResNet18, with 10 or 100 classes."""
 
-    methods: tuple[Literal["sgd", "sparse", "lasg", "sasg"], ...] = PAPER_METHODS
+    methods: tuple[MethodName, ...] = PAPER_METHODS
     """Which methods."""
 
     rounds: int = 20
@@ -56,13 +56,15 @@ def work(command: Estimate, arguments: Sequence[str]) -> None:
     for method in command.methods:
         path = command.out and command.out / f"{config.name}-{method}.json"
         if path and path.exists():
-            console.print(f"{config.name}, {LABELS[method]}: done before")
+            console.print(f"{config.name}, {METHODS[method].label}: done before")
             continue
-        with console.status(f"{config.name}, {LABELS[method]}: compiling"):
+        with console.status(f"{config.name}, {METHODS[method].label}: compiling"):
             found = estimate(config, method, command.rounds)
+        label = f"{config.name}, {METHODS[method].label}"
+        hours = format_seconds(3600 * found["estimated_hours"])
         console.print(
-            f"{config.name}, {LABELS[method]}: {found['seconds_per_round']:.1f} s a round, so "
-            f"{format_seconds(3600 * found['estimated_hours'])} for {config.iterations:,} rounds",
+            f"{label}: {found['seconds_per_round']:.1f} s a round, so {hours} for "
+            f"{config.iterations:,} rounds",
             highlight=False,
             soft_wrap=True,
         )

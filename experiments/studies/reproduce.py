@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 import rich.console
 import tyro
 
-from experiments.configs import CONFIGS, PAPER_METHODS
 from experiments import data
+from experiments.configs import CONFIGS
+from experiments.methods import PAPER_METHODS
 from experiments.studies import estimate, theory
 from experiments.training.records import Store, session, write_json
 from experiments.training.runs import Reporter, Run, perform

@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 import jax
 
-from experiments.configs import METHODS
+from experiments.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,15 +292,14 @@ def session(arguments: Sequence[str]) -> dict[str, Any]:
 def _without_effect(spec: Mapping[str, Any]) -> set[str]:
     """Names of what may differ in a run that is the same."""
     config = spec.get("config", {})
-    own = "lasg" if spec.get("method") == "lasg" else "sasg"
-    adaptive = spec.get("method", "").startswith(("lasg", "sasg"))
-    others = {name for name in config.get("alpha_c", {}) if not adaptive or name != own}
+    own = METHODS[spec["method"]].alpha
+    others = {name for name in config.get("alpha_c", {}) if name != own}
     return {"config.target_accuracy", *(f"config.alpha_c.{name}" for name in others)}
 
 
 def _order(about: dict[str, Any]) -> tuple[Any, ...]:
     config = about["config"]
-    return config["name"], about["seed"], METHODS.index(about["method"]), config["density"]
+    return config["name"], about["seed"], list(METHODS).index(about["method"]), config["density"]
 
 
 def _as_json(content: Any) -> Any:

@@ -11,10 +11,10 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from experiments.configs import CONFIGS, SPARSE_METHODS, Config
+from experiments.configs import CONFIGS, Config
 from experiments.data.datasets import Dataset
+from experiments.methods import METHODS
 from experiments.processes.cluster import Group
-from experiments.report.figures import LABELS
 from experiments.report.tables import format_seconds
 from experiments.training.checkpoints import Checkpoints, save_params
 from experiments.training.records import Point, Store, session
@@ -42,12 +42,12 @@ class Run:
     def label(self) -> str:
         """Its name for people."""
         density = f" at {100 * self.config.density:g} %" if self._has_own_density else ""
-        return f"{LABELS[self.method]}{density}, seed {self.seed}"
+        return f"{METHODS[self.method].label}{density}, seed {self.seed}"
 
     @property
     def _has_own_density(self) -> bool:
         standard = CONFIGS[self.config.name].density
-        return self.method in SPARSE_METHODS and self.config.density != standard
+        return METHODS[self.method].sparse and self.config.density != standard
 
     def spec(self, dataset: Dataset, group: Group | None) -> dict:
         """What must be the same for a run that is gone on with."""

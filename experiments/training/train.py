@@ -13,8 +13,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
-from experiments.configs import Config
 from experiments import data
+from experiments.configs import Config
 from experiments.methods import make_optimizer
 from experiments.processes.cluster import ClusterError, Group
 from experiments.training.checkpoints import Checkpoints, Progress
@@ -63,7 +63,7 @@ def train(
 
     Args:
       config: the experiment.
-      method: one of :data:`experiments.configs.METHODS`.
+      method: one of :data:`experiments.methods.METHODS`.
       seed: of everything random.
       dataset: the data.
       source: for a combination of data sets, where each training example comes from; the workers

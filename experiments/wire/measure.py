@@ -23,23 +23,13 @@ import tyro
 
 import sasg_jax
 from experiments.configs import CONFIGS
-from experiments.methods import make_optimizer
+from experiments.methods import METHODS, make_optimizer
 from experiments.processes.launch import free_port
-from experiments.report.figures import LABELS, plot_wire
+from experiments.report.figures import plot_wire
 from experiments.report.tables import format_bytes
 from experiments.training.records import session, write_json
 from experiments.wire import network
 from sasg_jax.exchange import EXCHANGES
-
-PAIRS = {
-    "sgd": ("psum", "server"),
-    "sparse": ("gather", "server"),
-    "lasg": ("lazy", "server"),
-    "sasg": ("gather", "lazy", "relay", "server"),
-    "sparse_two_way": ("server", "sharded"),
-    "sasg_two_way": ("server", "sharded"),
-}
-"""The exchanges that make sense for each method."""
 
 # After a round, until acknowledgements have come to rest.
 _SETTLE = 0.03
@@ -397,7 +387,7 @@ def check(command: Wire) -> list[tuple[str, str]]:
             raise ValueError(f"Expected --exchanges={exchange} to be of {', '.join(EXCHANGES)}.")
     pairs = []
     for method in command.methods:
-        for exchange in command.exchanges or PAIRS[method]:
+        for exchange in command.exchanges or METHODS[method].exchanges:
             config = dataclasses.replace(CONFIGS[command.config], exchange=exchange)
             try:
                 make_optimizer(config, method)
@@ -452,7 +442,7 @@ def work(command: Wire, arguments: Sequence[str]) -> None:
             status = stack.enter_context(console.status("starting"))
             conductor, counters = stack.enter_context(hosts)
             for number, (method, exchange) in enumerate(pairs, 1):
-                label = f"{LABELS[method]} over {exchange}"
+                label = f"{METHODS[method].label} over {exchange}"
                 status.update(f"{label} ({number} of {len(pairs)})")
                 measurements.append(measure(conductor, counters, setting, method, exchange))
                 write_json(
@@ -523,13 +513,13 @@ def wire_tables(title: str, measurements: Sequence[Measurement]) -> list[rich.ta
             sides = m.ledger_sent, m.kernel_sent, m.ledger_received, m.kernel_received
             counts = [m.of_a_worker(side) for side in sides]
         moved.add_row(
-            LABELS[m.method],
+            METHODS[m.method].label,
             m.exchange,
             f"{m.uploads_per_round:.1f}",
             *map(format_bytes, counts),
         )
         times.add_row(
-            LABELS[m.method],
+            METHODS[m.method].label,
             m.exchange,
             "" if m.round_ms is None else f"{m.round_ms:.1f}",
             "" if m.compute_ms is None else f"{m.compute_ms:.1f}",

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
 from experiments.configs import CONFIGS, Config
-from experiments.methods import make_optimizer
+from experiments.methods import METHODS, make_optimizer
 from experiments.training.models import make_model
 from sasg_jax import exchange as exchange_lib
 from sasg_jax.shards import one_shard, per_shard
@@ -161,9 +161,9 @@ class Host:
     ) -> Callable:
         """The collectives of a round, on messages of the sizes that the method's have."""
         dense, sparse = sasg_jax.identity(), sasg_jax.top_k(config.density)
-        up = dense if method in ("sgd", "lasg") else sparse
-        down = sparse if method.endswith("two_way") else dense
-        adaptive = method in ("lasg", "sasg", "sasg_two_way")
+        up = dense if not METHODS[method].sparse else sparse
+        down = sparse if METHODS[method].two_way else dense
+        adaptive = METHODS[method].alpha is not None
         served, down_of = params, params
         if exchange == "sharded":
             up, down_of = per_shard(up, config.num_workers), one_shard(params, config.num_workers)

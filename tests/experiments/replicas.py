@@ -14,8 +14,8 @@ import sys
 import jax
 import numpy as np
 
-from experiments.configs import CONFIGS
 from experiments import data
+from experiments.configs import CONFIGS
 from experiments.processes import cluster
 from experiments.training import train as training
 

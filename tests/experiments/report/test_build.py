@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 
-from experiments.configs import CONFIGS, PAPER_METHODS, SPARSE_METHODS
+from experiments.configs import CONFIGS
+from experiments.methods import METHODS, PAPER_METHODS
 from experiments.report import build as report
 from experiments.report import findings, paper
 from experiments.report.build import write_report
@@ -44,7 +45,7 @@ def add_run(
     run = Run(chosen, method, seed)
     files = Store(directory).run(run.name)
     rounds = chosen.iterations // 4
-    kept = KEPT[config] if method in SPARSE_METHODS else PARAMETERS[config]
+    kept = KEPT[config] if METHODS[method].sparse else PARAMETERS[config]
     uploads = [(at_target or 60_000) * i // 3 for i in range(5)]
     if final is None:
         final = chosen.target_accuracy + (0.001 * seed if at_target else -0.02)

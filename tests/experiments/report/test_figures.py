@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from experiments.configs import CONFIGS
+from experiments.methods import METHODS
 from experiments.report import figures
 from experiments.training.records import Point, Record, Store
 
@@ -37,6 +38,6 @@ def test_every_run_is_drawn_in_all_six_panels(tmp_path, monkeypatch, methods):
         expected = [0.91, 0.92, 0.93] if key == "accuracy" else [1, 1 / 2, 1 / 3]
         assert list(curves[0].get_ydata()) == pytest.approx(expected)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == [figures.LABELS[method] for method in methods]
+    assert labels == [METHODS[method].label for method in methods]
     monkeypatch.undo()
     plt.close(figure)

@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import sasg_jax
-from experiments.configs import CONFIGS
 from experiments import data
+from experiments.configs import CONFIGS
 from experiments.training import train as training
 from experiments.training.checkpoints import Checkpoints, Progress, save_params
 from experiments.training.records import RunFiles

@@ -7,8 +7,8 @@ import re
 import pytest
 import rich.console
 
-from experiments.configs import CONFIGS
 from experiments import data
+from experiments.configs import CONFIGS
 from experiments.training import runs
 from experiments.training.records import Point, Store
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs import CONFIGS, PAPER_METHODS
 from experiments import data
+from experiments.configs import CONFIGS
+from experiments.methods import PAPER_METHODS
 from experiments.training import train as training
 
 DIGITS = dataclasses.replace(CONFIGS["digits"], iterations=120, evaluate_every=50)
