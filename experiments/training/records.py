@@ -112,8 +112,11 @@ class Store:
 
     def runs(self) -> list["RunFiles"]:
         """All runs that have begun, in the order of their configurations, seeds and methods."""
-        found = map(RunFiles, (path.parent for path in self.directory.glob("runs/*/run.json")))
-        return sorted(found, key=lambda files: _order(files.about()))
+        abouts = {
+            path.parent: read_json(path, "name config method seed sessions")
+            for path in self.directory.glob("runs/*/run.json")
+        }
+        return [RunFiles(directory) for directory in sorted(abouts, key=lambda d: _order(abouts[d]))]
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all runs that are done, in the order of :meth:`runs`."""
@@ -157,7 +160,7 @@ class RunFiles:
 
     def about(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
-        return json.loads(self._about_path.read_text())
+        return read_json(self._about_path, "sessions")
 
     def check(self, spec: Mapping[str, Any]) -> None:
         """Raises ResultsError if the folder holds a run other than ``spec`` describes.
@@ -245,11 +248,17 @@ class RunFiles:
         if not self.curve_path.exists():
             return []
         whole, _, _ = self.curve_path.read_text().rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            message = f"Expected {self.curve_path} to be lines of JSON: {error}."
+            raise ResultsError(message) from None
 
     def record(self) -> dict[str, Any] | None:
         """The outcome; None while the run is not done."""
-        return json.loads(self._record_path.read_text()) if self._record_path.exists() else None
+        if not self._record_path.exists():
+            return None
+        return read_json(self._record_path, "method seed uploads final_test_accuracy")
 
     def finish(self, record: Record) -> None:
         """Writes the outcome, with what reaching the target took, and removes what was only needed
@@ -265,6 +274,22 @@ class RunFiles:
         if self.curve_path.exists():
             text = self.curve_path.read_bytes()
             os.truncate(self.curve_path, text.rfind(b"\n") + 1)
+
+
+def read_json(path: pathlib.Path, fields: str) -> dict[str, Any]:
+    """Reads a file that holds, among others, the fields named.
+
+    Raises:
+      ResultsError: it does not; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ResultsError(f"Expected {path} to be JSON: {error}.") from None
+    missing = [field for field in fields.split() if field not in content]
+    if missing:
+        raise ResultsError(f"Expected {path} to hold {', '.join(missing)}.")
+    return content
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
