@@ -116,7 +116,9 @@ class Store:
             path.parent: read_json(path, "name config method seed sessions")
             for path in self.directory.glob("runs/*/run.json")
         }
-        return [RunFiles(directory) for directory in sorted(abouts, key=lambda d: _order(abouts[d]))]
+        return [
+            RunFiles(directory) for directory in sorted(abouts, key=lambda d: _order(abouts[d]))
+        ]
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all runs that are done, in the order of :meth:`runs`."""
