@@ -1,6 +1,6 @@
 """One run: a method on a data set, simulated on one device or with a device for each worker."""
 
-import hashlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -16,8 +16,10 @@ import sasg_jax
 from experiments import data
 from experiments.configs import Config
 from experiments.methods import make_optimizer
-from experiments.processes.cluster import ClusterError, Group
+from experiments.processes.cluster import Group
+from experiments.training.agreement import check_replicas, check_same_data, digest
 from experiments.training.checkpoints import Checkpoints, Progress
+from experiments.training.inputs import augment, normaliser, pad, partition, stack_workers
 from experiments.training.models import make_model
 from experiments.training.records import Point, Record
 from sasg_jax.transform import find_state
@@ -26,19 +28,6 @@ PyTree = Any
 
 # Of simulated workers whose gradients are in memory at once.
 _LARGEST_CHUNK = 32
-
-
-def partition(
-    config: Config, dataset: data.Dataset, source: np.ndarray | None, seed: int
-) -> list[np.ndarray]:
-    """The training examples of every worker, as indices."""
-    if source is not None:
-        return data.by_source(source, config.num_workers, seed)
-    if config.partition == "dirichlet":
-        return data.dirichlet_label_skew(
-            dataset.train_labels, config.num_workers, config.concentration, seed
-        )
-    return data.iid_shards(len(dataset.train_labels), config.num_workers, seed)
 
 
 def train(
@@ -88,192 +77,266 @@ def train(
       ClusterError: the processes hold different data, or parameters that are not the same bit for
         bit at an evaluation.
     """
-    params_key, workers_key = jax.random.split(jax.random.key(seed))
-    shards = partition(config, dataset, source, seed)
-    normalise = _normaliser(dataset.train_images)
-    model = make_model(config, dataset.num_classes)
-    variables = model.init(params_key, normalise(dataset.train_images[:2]), train=False)
-    params, model_state = variables["params"], variables.get("batch_stats", {})
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    params_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    has_model_state = bool(model_state)
-
-    def loss_fn(params, batch, *, model_state=None, key: Any = None):
-        images, labels = batch
-        images = normalise(_augment(images, key) if config.augment else images)
-        variables = {"params": params, "batch_stats": model_state or {}}
-        logits, written = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return (loss, written["batch_stats"]) if has_model_state else loss
-
-    if one_by_one is None:
-        one_by_one = config.model == "resnet18" and jax.default_backend() == "cpu" and group is None
-    if one_by_one:
-        loss_fn = _one_by_one(loss_fn, has_aux=has_model_state)
-    mesh = None if group is None else Mesh(np.asarray(jax.devices()), ("workers",))
-    train_step = sasg_jax.make_train_step(
-        loss_fn,
-        make_optimizer(config, method, simulated=mesh is None),
-        num_workers=config.num_workers,
-        driver="vmap" if mesh is None else "shard_map",
-        chunk_size=chunk_size(config) if mesh is None else None,
-        devices=None if mesh is None else jax.devices(),
-        has_model_state=has_model_state,
-        has_key=config.augment,
-    )
-    state = train_step.init(params, model_state, workers_key if config.augment else None)
-    ledger = sasg_jax.Ledger(state.opt_state)
-    if group is not None:
-        check_same_data(group, dataset)
-    most = max(map(len, shards))
-    positions = [np.arange(len(shard)) for shard in shards]
-
-    def with_workers(array):
-        """Every worker's own examples, one after the other. shape=(M, largest shard, ...)"""
-        part = lambda worker: _pad(array[shards[worker]], most)
-        return _stack_workers(part, len(shards), 0, mesh)
-
-    def batch_order(start, rounds):
-        """Positions in each worker's own examples. shape=(rounds, M, B)"""
-        arguments = positions, config.batch_size, rounds, seed, start
-        part = lambda worker: data.batch_order(*arguments, workers=[worker])[:, 0]
-        return _stack_workers(part, len(shards), 1, mesh)
-
-    examples = with_workers(dataset.train_images), with_workers(dataset.train_labels)
-    batch = jax.vmap(lambda examples, order: examples[order])
-    if mesh is not None:
-        split = PartitionSpec("workers")
-        batch = jax.shard_map(batch, mesh=mesh, in_specs=split, out_specs=split)
-
-    def run_rounds(state, examples, order):
-        def one_round(state, order):
-            return train_step.step(state, tuple(batch(array, order) for array in examples))
-
-        return jax.lax.scan(one_round, state, order)
-
-    # The report of all rounds of a call is brought to every process, once.
-    shardings = {}
-    if mesh is not None:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        shardings["out_shardings"] = jax.tree.map(lambda x: x.sharding, state), everywhere
-        mean_model_state = jax.jit(sasg_jax.mean_model_state, out_shardings=everywhere)
-    else:
-        mean_model_state = sasg_jax.mean_model_state
-    run_rounds = jax.jit(run_rounds, donate_argnums=0, **shardings)
-
-    @jax.jit
-    def count_correct(params, model_state, images, labels):
-        variables = {"params": params, "batch_stats": model_state}
-        logits: Any = model.apply(variables, normalise(images), train=False)
-        return jnp.sum(logits.argmax(-1) == labels)
-
-    # Where workers hold different data sets, each test set is for the workers that hold its like:
-    # BatchNorm statistics averaged over all of them would fit none.
-    by_source = _test_examples_by_source(dataset)
-    test_sets = [
-        (examples, slice(source, None, len(by_source))) for source, examples in enumerate(by_source)
-    ]
-
-    def test_accuracy(state):
-        """Of the whole test set, of which each process takes a part."""
-        params = _local(state.params)
-        if has_model_state:
-            ledger.record_model_state(state.model_state)
-        correct = 0
-        for examples, workers in test_sets:
-            statistics = {}
-            if has_model_state:
-                of_workers = jax.tree.map(lambda x, workers=workers: x[workers], state.model_state)
-                statistics = _local(mean_model_state(of_workers))
-            chunks = np.array_split(examples, math.ceil(len(examples) / 1000))
-            mine = slice(None) if group is None else slice(group.index, None, group.count)
-            for chunk in chunks[mine]:
-                images, labels = dataset.test_images[chunk], dataset.test_labels[chunk]
-                correct += int(count_correct(params, statistics, images, labels))
-        if group is not None:
-            correct = sum(group.gather(correct))
-        return correct / len(dataset.test_labels)
-
-    compiled: dict[int, Any] = {}  # by number of rounds, so that compilation is not timed
-    progress = Progress()
-    if checkpoints is not None:
-        restored = checkpoints.restore(state)
-        if restored is not None:
-            state, progress = restored
-            ledger = sasg_jax.Ledger.from_dict(progress.ledger)
-    on_start(progress.iteration)
+    run = _Run(config, method, seed, dataset, source, group, one_by_one)
+    run.restore(checkpoints)
+    on_start(run.progress.iteration)
     point: Point | None = None
-    while progress.iteration < config.iterations:
-        start = progress.iteration
-        to_evaluation = config.evaluate_every - start % config.evaluate_every
-        rounds = min(config.rounds_per_call, to_evaluation, config.iterations - start)
-        arguments = (state, examples, batch_order(start, rounds))
-        if rounds not in compiled:
-            compiled[rounds] = run_rounds.lower(*arguments).compile()
+    while run.progress.iteration < config.iterations:
+        rounds = run.advance()
+        if run.is_evaluated:
+            point = run.evaluate(on_evaluation)
+            on_point(point)
+        run.save(checkpoints)
+        on_rounds(rounds)
+    assert point is not None  # the last round is always made, and evaluated
+    return run.record(point)
+
+
+class _Run:
+    """What is computed, and how far it is."""
+
+    def __init__(
+        self,
+        config: Config,
+        method: str,
+        seed: int,
+        dataset: data.Dataset,
+        source: np.ndarray | None,
+        group: Group | None,
+        one_by_one: bool | None,
+    ):
+        self.config, self.method, self.seed, self.dataset = config, method, seed, dataset
+        self.group = group
+        self.shards = partition(config, dataset, source, seed)
+        self.mesh = None if group is None else Mesh(np.asarray(jax.devices()), ("workers",))
+        self.normalise = normaliser(dataset.train_images)
+        self.model = make_model(config, dataset.num_classes)
+        if one_by_one is None:
+            slow = config.model == "resnet18" and jax.default_backend() == "cpu"
+            one_by_one = slow and group is None
+        self.state = self._begin(one_by_one)
+        self.ledger = sasg_jax.Ledger(self.state.opt_state)
+        self.progress = Progress()
         if group is not None:
-            group.doing = f"in rounds {start + 1:,} to {start + rounds:,} of {method}"
-            group.gather()  # a collective does not wait as long as another compilation may take
+            check_same_data(group, dataset)
+        self.examples = tuple(map(self._of_workers, (dataset.train_images, dataset.train_labels)))
+        self._compiled: dict[int, Any] = {}  # by number of rounds, so that it is not timed
+
+    def _begin(self, one_by_one: bool) -> sasg_jax.TrainState:
+        """Makes the step, and the state before the first."""
+        params_key, workers_key = jax.random.split(jax.random.key(self.seed))
+        first = self.normalise(self.dataset.train_images[:2])
+        variables = self.model.init(params_key, first, train=False)
+        params, model_state = variables["params"], variables.get("batch_stats", {})
+        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self.params_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        self.has_model_state = bool(model_state)
+        config, simulated = self.config, self.mesh is None
+        loss = self._one_by_one() if one_by_one else self._loss
+        self.train_step = sasg_jax.make_train_step(
+            loss,
+            make_optimizer(config, self.method, simulated=simulated),
+            num_workers=config.num_workers,
+            driver="vmap" if simulated else "shard_map",
+            chunk_size=chunk_size(config) if simulated else None,
+            devices=None if simulated else jax.devices(),
+            has_model_state=self.has_model_state,
+            has_key=config.augment,
+        )
+        key = workers_key if config.augment else None
+        return self.train_step.init(params, model_state, key)
+
+    def _loss(self, params: PyTree, batch: Any, *, model_state: Any = None, key: Any = None) -> Any:
+        images, labels = batch
+        images = self.normalise(augment(images, key) if self.config.augment else images)
+        variables = {"params": params, "batch_stats": model_state or {}}
+        logits, written = self.model.apply(variables, images, train=True, mutable=["batch_stats"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return (loss, written["batch_stats"]) if self.has_model_state else loss
+
+    def _one_by_one(self) -> Callable[..., Any]:
+        """The loss, whose gradients a map over workers computes one after the other."""
+        has_aux = self.has_model_state
+
+        @jax.custom_batching.sequential_vmap
+        def value_and_grad(params, batch, extra):
+            return jax.value_and_grad(self._loss, has_aux=has_aux)(params, batch, **extra)
+
+        @jax.custom_vjp
+        def loss(params, batch, extra):
+            return value_and_grad(params, batch, extra)[0]
+
+        def backward(grads, cotangent):
+            scale = cotangent[0] if has_aux else cotangent
+            return jax.tree.map(lambda g: scale * g, grads), None, None
+
+        loss.defvjp(value_and_grad, backward)
+        return lambda params, batch, **extra: loss(params, batch, extra)
+
+    # --- Rounds ----------------------------------------------------------------------------------
+
+    def _of_workers(self, array: np.ndarray) -> jax.Array:
+        """Every worker's own examples, one after the other. shape=(M, largest shard, ...)"""
+        most = max(map(len, self.shards))
+        part = lambda worker: pad(array[self.shards[worker]], most)
+        return stack_workers(part, len(self.shards), 0, self.mesh)
+
+    def _batch_order(self, rounds: int) -> jax.Array:
+        """Positions in each worker's own examples. shape=(rounds, M, B)"""
+        positions = [np.arange(len(shard)) for shard in self.shards]
+        start = self.progress.iteration
+        arguments = positions, self.config.batch_size, rounds, self.seed, start
+        part = lambda worker: data.batch_order(*arguments, workers=[worker])[:, 0]
+        return stack_workers(part, len(self.shards), 1, self.mesh)
+
+    def _rounds(self, *arguments: Any) -> Any:
+        """The compiled code of a number of rounds."""
+        batch = jax.vmap(lambda examples, order: examples[order])
+        shardings: dict[str, Any] = {}
+        if self.mesh is not None:
+            split, everywhere = PartitionSpec("workers"), PartitionSpec()
+            batch = jax.shard_map(batch, mesh=self.mesh, in_specs=split, out_specs=split)
+            # The report of all rounds of a call is brought to every process, once.
+            report = NamedSharding(self.mesh, everywhere)
+            shardings["out_shardings"] = jax.tree.map(lambda x: x.sharding, self.state), report
+
+        def rounds(state, examples, order):
+            def one(state, order):
+                return self.train_step.step(state, tuple(batch(array, order) for array in examples))
+
+            return jax.lax.scan(one, state, order)
+
+        return jax.jit(rounds, donate_argnums=0, **shardings).lower(*arguments).compile()
+
+    def advance(self) -> int:
+        """Makes the rounds up to an evaluation, but no more than fit one call."""
+        config, progress = self.config, self.progress
+        to_evaluation = config.evaluate_every - progress.iteration % config.evaluate_every
+        to_end = config.iterations - progress.iteration
+        rounds = min(config.rounds_per_call, to_evaluation, to_end)
+        arguments = (self.state, self.examples, self._batch_order(rounds))
+        if rounds not in self._compiled:
+            self._compiled[rounds] = self._rounds(*arguments)
+            if self.group is not None:
+                self.group.gather()  # the others may still compile, and what follows is timed
         started_at = time.perf_counter()
-        state, info = jax.block_until_ready(compiled[rounds](*arguments))
+        self.state, info = jax.block_until_ready(self._compiled[rounds](*arguments))
         progress.seconds.append((rounds, time.perf_counter() - started_at))
-        progress.iteration = iteration = start + rounds
+        progress.iteration += rounds
         progress.reports.append(jax.device_get(info))
-        ledger.record(info.uploaded)
+        self.ledger.record(info.uploaded)
         if not np.isfinite(progress.reports[-1].loss).all():
             raise FloatingPointError(
-                f"{method} (seed {seed}) diverged: the training loss is not finite after "
-                f"{iteration} rounds. Lower the learning rate."
+                f"{self.method} (seed {self.seed}) diverged: the training loss is not finite after "
+                f"{progress.iteration} rounds. Lower the learning rate."
             )
-        if iteration % config.evaluate_every == 0 or iteration == config.iterations:
-            if group is not None:
-                check_replicas(group, state.params, iteration)
-            recent = jax.tree.map(lambda *parts: np.concatenate(parts), *progress.reports)
-            progress.reports.clear()
-            on_evaluation(_local(state.params), recent)
-            point = Point(
-                iteration=iteration,
-                uploads=ledger.uploads,
-                paper_uplink_bits=ledger.paper_uplink_bits,
-                uplink_bytes=ledger.uplink_bytes,
-                downlink_bytes=ledger.downlink_bytes,
-                dense_bytes=2 * iteration * config.num_workers * params_bytes,
-                test_accuracy=test_accuracy(state),
-                train_loss=float(recent.loss.mean()),
-                upload_fraction=float(recent.uploaded.mean()),
-                mean_staleness=float(recent.staleness.mean()),
-            )
-            on_point(point)
-        if checkpoints is not None and iteration < config.iterations:
-            due = checkpoints.is_due()
-            if due if group is None else group.gather(due)[0]:
-                progress.ledger = ledger.to_dict()
-                checkpoints.save(state, progress)
-        on_rounds(rounds)
+        return rounds
 
-    assert point is not None  # the last round is always made, and evaluated
-    taken = progress.seconds
-    return Record(
-        config=config.name,
-        dataset=dataset.name,
-        method=method,
-        seed=seed,
-        num_workers=config.num_workers,
-        exchange=find_state(state.opt_state).wire.exchange,
-        driver="vmap" if mesh is None else "shard_map",
-        processes=1 if group is None else group.count,
-        num_parameters=num_parameters,
-        iterations=progress.iteration,
-        uploads=ledger.uploads,
-        final_test_accuracy=point.test_accuracy,
-        final_train_loss=point.train_loss,
-        paper_uplink_bits=ledger.paper_uplink_bits,
-        uplink_bytes=ledger.uplink_bytes,
-        downlink_bytes=ledger.downlink_bytes,
-        model_state_bytes=ledger.model_state_bytes,
-        params_sha256=digest(_local(state.params)),
-        compute_seconds=sum(seconds for _, seconds in taken),
-        ms_per_iteration=1000 * float(np.median([seconds / rounds for rounds, seconds in taken])),
-    )
+    # --- Evaluation ------------------------------------------------------------------------------
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the last round is one after which to evaluate."""
+        iteration = self.progress.iteration
+        return iteration % self.config.evaluate_every == 0 or iteration == self.config.iterations
+
+    def evaluate(self, on_evaluation: Callable[[PyTree, sasg_jax.RoundInfo], None]) -> Point:
+        """The point of the curve after the last round."""
+        iteration, reports = self.progress.iteration, self.progress.reports
+        if self.group is not None:
+            check_replicas(self.group, self.state.params, iteration)
+        recent = jax.tree.map(lambda *parts: np.concatenate(parts), *reports)
+        reports.clear()
+        on_evaluation(_local(self.state.params), recent)
+        accuracy = self._test_accuracy()
+        return Point(
+            iteration=iteration,
+            uploads=self.ledger.uploads,
+            paper_uplink_bits=self.ledger.paper_uplink_bits,
+            uplink_bytes=self.ledger.uplink_bytes,
+            downlink_bytes=self.ledger.downlink_bytes,
+            dense_bytes=2 * iteration * self.config.num_workers * self.params_bytes,
+            test_accuracy=accuracy,
+            train_loss=float(recent.loss.mean()),
+            upload_fraction=float(recent.uploaded.mean()),
+            mean_staleness=float(recent.staleness.mean()),
+        )
+
+    def _test_accuracy(self) -> float:
+        """Of the whole test set, of which each process takes a part."""
+        if self.has_model_state:
+            self.ledger.record_model_state(self.state.model_state)
+        group, correct = self.group, 0
+        mine = slice(None) if group is None else slice(group.index, None, group.count)
+        by_source = _test_examples_by_source(self.dataset)
+        params = _local(self.state.params)
+        for source, examples in enumerate(by_source):
+            statistics = self._statistics(slice(source, None, len(by_source)))
+            for chunk in np.array_split(examples, math.ceil(len(examples) / 1000))[mine]:
+                images, labels = self.dataset.test_images[chunk], self.dataset.test_labels[chunk]
+                correct += int(self._count_correct(params, statistics, images, labels))
+        if group is not None:
+            correct = sum(group.gather(correct))
+        return correct / len(self.dataset.test_labels)
+
+    def _statistics(self, workers: slice) -> PyTree:
+        """Of BatchNorm, averaged over the workers that hold the like of a test set: an average
+        over workers of different data sets would fit none."""
+        mean = sasg_jax.mean_model_state
+        if self.mesh is not None:
+            mean = jax.jit(mean, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        of_workers = jax.tree.map(lambda x: x[workers], self.state.model_state)
+        return _local(mean(of_workers)) if self.has_model_state else {}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _count_correct(self, params, statistics, images, labels) -> jax.Array:
+        variables = {"params": params, "batch_stats": statistics}
+        logits: Any = self.model.apply(variables, self.normalise(images), train=False)
+        return jnp.sum(logits.argmax(-1) == labels)
+
+    # --- Stopping and going on -------------------------------------------------------------------
+
+    def restore(self, checkpoints: Checkpoints | None) -> None:
+        """Goes back to where a run was stopped."""
+        restored = None if checkpoints is None else checkpoints.restore(self.state)
+        if restored is not None:
+            self.state, self.progress = restored
+            self.ledger = sasg_jax.Ledger.from_dict(self.progress.ledger)
+
+    def save(self, checkpoints: Checkpoints | None) -> None:
+        """Saves what it needs to go on, if it is time and there is more to do."""
+        if checkpoints is None or self.progress.iteration == self.config.iterations:
+            return
+        due = checkpoints.is_due()
+        if due if self.group is None else self.group.gather(due)[0]:
+            self.progress.ledger = self.ledger.to_dict()
+            checkpoints.save(self.state, self.progress)
+
+    def record(self, point: Point) -> Record:
+        """The outcome, after the last evaluation."""
+        taken, ledger = self.progress.seconds, self.ledger
+        return Record(
+            config=self.config.name,
+            dataset=self.dataset.name,
+            method=self.method,
+            seed=self.seed,
+            num_workers=self.config.num_workers,
+            exchange=find_state(self.state.opt_state).wire.exchange,
+            driver="vmap" if self.mesh is None else "shard_map",
+            processes=1 if self.group is None else self.group.count,
+            num_parameters=self.num_parameters,
+            iterations=self.progress.iteration,
+            uploads=ledger.uploads,
+            final_test_accuracy=point.test_accuracy,
+            final_train_loss=point.train_loss,
+            paper_uplink_bits=ledger.paper_uplink_bits,
+            uplink_bytes=ledger.uplink_bytes,
+            downlink_bytes=ledger.downlink_bytes,
+            model_state_bytes=ledger.model_state_bytes,
+            params_sha256=digest(_local(self.state.params)),
+            compute_seconds=sum(seconds for _, seconds in taken),
+            ms_per_iteration=1000 * float(np.median([time / rounds for rounds, time in taken])),
+        )
 
 
 def chunk_size(config: Config) -> int | None:
@@ -292,109 +355,6 @@ def _test_examples_by_source(dataset: data.Dataset) -> list[np.ndarray]:
     return [np.flatnonzero(dataset.test_source == source) for source in range(last + 1)]
 
 
-def check_same_data(group: Group, dataset: data.Dataset) -> None:
-    """Raises ClusterError unless all processes hold the same data."""
-    labels = hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
-    mine = [dataset.name, *dataset.train_images.shape, *dataset.test_images.shape, labels]
-    everyone = group.gather(mine)
-    different = [index for index, other in enumerate(everyone) if other != everyone[0]]
-    if different:
-        raise ClusterError(
-            f"Expected all processes to hold the same data, but that of processes {different} is "
-            f"not that of process 0: {everyone[different[0]]}, not {everyone[0]}."
-        )
-
-
-def check_replicas(group: Group, params: PyTree, iteration: int) -> None:
-    """Raises ClusterError unless the parameters are the same, bit for bit, on all devices."""
-    devices = range(jax.local_device_count())
-    digests = [digest(jax.tree.map(lambda x, i=i: x.addressable_data(i), params)) for i in devices]
-    everyone = group.gather(digests)
-    different = [i for i, digests in enumerate(everyone) if set(digests) != {everyone[0][0]}]
-    if different:
-        raise ClusterError(
-            f"Expected the parameters after round {iteration:,} to be the same on all devices, bit "
-            f"for bit, but on processes {different} they are not those of process 0's first device."
-        )
-
-
-def digest(params: PyTree) -> str:
-    """The SHA-256 of all parameters, by which to tell whether two sets are the same bit for bit."""
-    result = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        result.update(np.asarray(leaf).tobytes())
-    return result.hexdigest()
-
-
-def _one_by_one(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., Any]:
-    """A loss whose gradients a map over workers computes one after the other."""
-
-    @jax.custom_batching.sequential_vmap
-    def value_and_grad(params, batch, extra):
-        return jax.value_and_grad(loss_fn, has_aux=has_aux)(params, batch, **extra)
-
-    @jax.custom_vjp
-    def loss(params, batch, extra):
-        return value_and_grad(params, batch, extra)[0]
-
-    def backward(grads, cotangent):
-        scale = cotangent[0] if has_aux else cotangent
-        return jax.tree.map(lambda g: scale * g, grads), None, None
-
-    loss.defvjp(value_and_grad, backward)
-    return lambda params, batch, **extra: loss(params, batch, extra)
-
-
 def _local(tree: PyTree) -> PyTree:
     """This process's copy of arrays that are the same everywhere."""
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
-
-
-def _stack_workers(
-    part: Callable[[int], np.ndarray], num_workers: int, axis: int, mesh: Mesh | None
-) -> jax.Array:
-    """The workers' parts along a new axis; on a mesh, each is made and lies where its worker is."""
-    if mesh is None:
-        return jnp.asarray(np.stack([part(worker) for worker in range(num_workers)], axis))
-    devices: Any = enumerate(mesh.devices.flat)
-    made = {
-        worker: part(worker)
-        for worker, device in devices
-        if device.process_index == jax.process_index()
-    }
-    shape = list(next(iter(made.values())).shape)
-    shape.insert(axis, num_workers)
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "workers"))
-
-    def block(index: Any) -> np.ndarray:
-        return np.expand_dims(made[index[axis].start or 0], axis)
-
-    return jax.make_array_from_callback(tuple(shape), sharding, block)
-
-
-def _pad(examples: np.ndarray, length: int) -> np.ndarray:
-    """Repeats the first example up to a length. What is added is never in a batch."""
-    return examples[np.minimum(np.arange(length), len(examples)) % len(examples)]
-
-
-def _normaliser(train_images: np.ndarray) -> Callable[[Any], jax.Array]:
-    """Maps uint8 images so that every channel of the training set has mean 0 and deviation 1."""
-    channels = train_images.reshape(-1, train_images.shape[-1]) / np.float32(255)
-    mean, deviation = channels.mean(0, dtype=np.float64), channels.std(0, dtype=np.float64)
-    mean, deviation = mean.astype(np.float32), np.maximum(deviation, 1e-6).astype(np.float32)
-    return lambda images: (jnp.asarray(images, jnp.float32) / 255 - mean) / deviation
-
-
-def _augment(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Random crops of the images padded by 4 pixels, and horizontal flips."""
-    crop_key, flip_key = jax.random.split(key)
-    batch, height, width, channels = images.shape
-    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    corners = jax.random.randint(crop_key, (batch, 2), 0, 9)
-
-    def crop(image, corner):
-        return jax.lax.dynamic_slice(image, (*corner, 0), (height, width, channels))
-
-    cropped = jax.vmap(crop)(padded, corners)
-    flip = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
-    return jnp.where(flip, cropped[:, :, ::-1], cropped)

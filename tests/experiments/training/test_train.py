@@ -10,6 +10,7 @@ import pytest
 from experiments import data
 from experiments.configs import CONFIGS
 from experiments.methods import PAPER_METHODS
+from experiments.training import inputs
 from experiments.training import train as training
 
 DIGITS = dataclasses.replace(CONFIGS["digits"], iterations=120, evaluate_every=50)
@@ -79,7 +80,7 @@ def test_accuracy_is_that_of_the_whole_test_set(digits):
 def test_heterogeneous_workers_hold_one_data_set_each(digits):
     dark = dataclasses.replace(digits, name="dark", train_images=digits.train_images // 2)
     dataset, source = data.combine([digits, dark])
-    shards = training.partition(DIGITS, dataset, source, seed=0)
+    shards = inputs.partition(DIGITS, dataset, source, seed=0)
     for worker, shard in enumerate(shards):
         assert set(source[shard]) == {worker % 2}
     record, _ = run(dataclasses.replace(DIGITS, iterations=20), "sasg", dataset, source=source)
@@ -120,8 +121,8 @@ def test_each_test_set_is_for_the_workers_that_hold_its_like(digits, monkeypatch
 
 def test_dirichlet_partition_is_skewed(digits):
     config = dataclasses.replace(DIGITS, partition="dirichlet", concentration=0.1)
-    shards = training.partition(config, digits, None, seed=0)
-    even = training.partition(DIGITS, digits, None, seed=0)
+    shards = inputs.partition(config, digits, None, seed=0)
+    even = inputs.partition(DIGITS, digits, None, seed=0)
 
     def largest_class_share(shards):
         counts = [np.bincount(digits.train_labels[shard], minlength=10) for shard in shards]
@@ -140,7 +141,7 @@ def test_augmentation_crops_and_flips_whole_images():
     image = np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8, 1)
     seen = set()
     for seed in range(40):
-        out = np.asarray(training._augment(jnp.asarray(image), jax.random.key(seed)))[0, :, :, 0]
+        out = np.asarray(inputs.augment(jnp.asarray(image), jax.random.key(seed)))[0, :, :, 0]
         padded = np.pad(image[0, :, :, 0], 4)
         places = [
             (row, column, flipped)
@@ -156,7 +157,7 @@ def test_augmentation_crops_and_flips_whole_images():
 
 
 def test_normalised_training_images_have_mean_0_and_deviation_1(digits):
-    normalised = training._normaliser(digits.train_images)(digits.train_images)
+    normalised = inputs.normaliser(digits.train_images)(digits.train_images)
     assert float(normalised.mean()) == pytest.approx(0, abs=1e-4)
     assert float(normalised.std()) == pytest.approx(1, abs=1e-4)
 
