@@ -6,28 +6,23 @@ The page holds its pictures and its style, needs no script and loads nothing.
 import base64
 import csv
 import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jinja2
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
+_WORDS = tomllib.loads((_TEMPLATES / "words.toml").read_text(encoding="utf-8"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column of a table."""
-
-    label: str
-    group: str = ""
-    """A heading over this column and its neighbours of the same group."""
-    is_text: bool = False
-
-    @property
-    def csv_name(self) -> str:
-        return f"{self.group}: {self.label}" if self.group else self.label
+def words(key: str, **values: Any) -> str:
+    """A text of ``words.toml``, e.g. ``"figure4.caption"``."""
+    table, name = key.split(".")
+    return _WORDS[table][name].format(**values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,41 +31,75 @@ class Cell:
 
     text: str
     value: float | int | None = None
-    is_outside: bool = False
-    """Whether it is further from the paper's than we said that it may be."""
+    is_outside: bool = False  # further from the paper's than we said that it may be
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table."""
+
+    label: str
+    cell: Callable[[Any], Cell | str]  # what it shows of the subject of a row
+    group: str = ""  # a heading over this column and its neighbours of the same group
+    is_text: bool = False
+
+
+def text(label: str, cell: Callable[[Any], Cell | str]) -> Column:
+    return Column(label, cell, is_text=True)
+
+
+number = Column
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The first column names the rows."""
+    """A row for each subject. The first column names the rows."""
 
     name: str
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Cell]]
+    subjects: Sequence[Any]
     notes: Sequence[str] = ()
     folded: bool = False
 
     @property
+    def rows(self) -> list[list[Cell]]:
+        rows = [[column.cell(subject) for column in self.columns] for subject in self.subjects]
+        return [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+
+    @property
     def groups(self) -> list[tuple[str, int]]:
         """The headings over the columns and how many each spans; empty if there are none."""
-        spans: list[tuple[str, int]] = []
-        for column in self.columns:
-            if spans and spans[-1][0] == column.group:
-                spans[-1] = column.group, spans[-1][1] + 1
-            else:
-                spans.append((column.group, 1))
-        return spans if any(group for group, _ in spans) else []
+        spans = itertools.groupby(self.columns, lambda column: column.group)
+        found = [(group, len(list(columns))) for group, columns in spans]
+        return found if any(group for group, _ in found) else []
+
+    def write(self, directory: pathlib.Path) -> None:
+        """Writes its CSV file, with numbers as they are."""
+        write_csv(
+            directory / f"{self.name}.csv",
+            [f"{c.group}: {c.label}" if c.group else c.label for c in self.columns],
+            [
+                [cell.text if cell.value is None else cell.value for cell in row]
+                for row in self.rows
+            ],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One picture."""
+    """One picture, from a PNG file in the folder ``report`` beside the page."""
 
-    file: str
+    path: pathlib.Path
     alt: str
-    uri: str
-    """The PNG itself."""
+
+    @property
+    def file(self) -> str:
+        return f"report/{self.path.name}"
+
+    @property
+    def uri(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,42 +137,7 @@ def write_page(path: pathlib.Path, template: str, **content: Any) -> None:
     os.replace(partial, path)
 
 
-def write_table(directory: pathlib.Path, table: Table) -> None:
-    """Writes the CSV file of a table, with numbers as they are."""
-    write_csv(
-        directory / f"{table.name}.csv",
-        [column.csv_name for column in table.columns],
-        [[cell.text if cell.value is None else cell.value for cell in row] for row in table.rows],
-    )
-
-
 def write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a CSV file."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-def read_panel(path: pathlib.Path, alt: str) -> Panel:
-    """Of a PNG file in the folder ``report`` beside the page."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return Panel(f"report/{path.name}", alt, f"data:image/png;base64,{data}")
-
-
-def text_columns(*labels: str) -> list[Column]:
-    return [Column(label, is_text=True) for label in labels]
-
-
-def number_columns(*labels: str, group: str = "") -> list[Column]:
-    return [Column(label, group) for label in labels]
-
-
-def count_cell(value: int) -> Cell:
-    """``12,345``."""
-    return Cell(f"{value:,}", value)
-
-
-def significant_cell(value: float) -> Cell:
-    """Three digits of it."""
-    return Cell(f"{value:.3g}".replace("-", "−"), value)
+        csv.writer(file).writerows([header, *rows])

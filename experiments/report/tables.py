@@ -17,33 +17,22 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
     """
     target = records[0]["target_accuracy"]
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
-    table = Table(
-        title=f"{describe(records[0])}: what it took to reach {target:.0%} test accuracy",
-        box=rich.box.SIMPLE_HEAD,
-        padding=0,
+    table = numbers_table(
+        f"{describe(records[0])}: what it took to reach {target:.0%} test accuracy",
+        ("Method",),
+        ("Rounds", "Uploads", "Paper bits", "Uplink", "Both ways", "Accuracy", "ms/round"),
     )
-    table.add_column("Method", no_wrap=True)
-    for heading in (
-        "Rounds",
-        "Uploads",
-        "Paper bits",
-        "Uplink",
-        "Both ways",
-        "Accuracy",
-        "ms/round",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
     notes = [
         f"Means over seeds {seeds}." if "," in seeds else f"Seed {seeds}.",
         "Paper bits: 32 for each value sent up, without indices. Uplink: values, indices and "
         "flags. Both ways: uplink and downlink. Accuracy: at the end of training.",
     ]
 
-    def mean(rows, *keys):
+    def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:
         return float(np.mean([sum(row[key] for key in keys) for row in rows]))
 
-    for method in METHODS:
-        runs = [record for record in records if record["method"] == method]
+    for name, method in METHODS.items():
+        runs = [record for record in records if record["method"] == name]
         if not runs:
             continue
         reached = [run for run in runs if run["uploads_at_target"] is not None]
@@ -59,14 +48,22 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
             ]
         if 0 < len(reached) < len(runs):
             notes.append(
-                f"{METHODS[method].label}: {len(reached)} of {len(runs)} seeds reached the target; "
-                "the means are over these."
+                f"{method.label}: {len(reached)} of {len(runs)} seeds reached the target; the "
+                "means are over these."
             )
-        accuracy = f"{mean(runs, 'final_test_accuracy'):.2%}"
-        table.add_row(
-            METHODS[method].label, *cells, accuracy, f"{mean(runs, 'ms_per_iteration'):.2f}"
-        )
+        accuracy, time = mean(runs, "final_test_accuracy"), mean(runs, "ms_per_iteration")
+        table.add_row(method.label, *cells, f"{accuracy:.2%}", f"{time:.2f}")
     table.caption = " ".join(notes)
+    return table
+
+
+def numbers_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table, with columns of text and then of numbers, for 80 columns."""
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
+    for heading in texts:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -89,8 +86,7 @@ def format_seconds(seconds: float) -> str:
     """``5000`` as ``1 h 23 min``; two units at most."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    hours, minutes = divmod(minutes, 60)
+    hours, minutes = divmod(round(seconds / 60), 60)
     days, hours = divmod(hours, 24)
     if days:
         return f"{days} d {hours} h"

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,10 +15,8 @@ from experiments import data
 from experiments.configs import CONFIGS, Config
 from experiments.methods import METHODS, PAPER_METHODS, MethodName
 from experiments.report.tables import format_seconds
-from experiments.training.records import session, write_json
-from experiments.training.train import train
 
-_SHAPES = {"cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}
+_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 @dataclasses.dataclass
@@ -52,18 +50,20 @@ def work(command: Estimate, arguments: Sequence[str]) -> None:
             f"Expected --rounds={command.rounds} to be more than D={config.history}: in the first "
             "D rounds everybody uploads."
         )
+    from experiments.training.records import session, write_json
+
     console = rich.console.Console()
     for method in command.methods:
+        label = f"{config.name}, {METHODS[method].label}"
         path = command.out and command.out / f"{config.name}-{method}.json"
         if path and path.exists():
-            console.print(f"{config.name}, {METHODS[method].label}: done before")
+            console.print(f"{label}: done before")
             continue
-        with console.status(f"{config.name}, {METHODS[method].label}: compiling"):
+        with console.status(f"{label}: compiling"):
             found = estimate(config, method, command.rounds)
-        label = f"{config.name}, {METHODS[method].label}"
-        hours = format_seconds(3600 * found["estimated_hours"])
+        whole = format_seconds(3600 * found["estimated_hours"])
         console.print(
-            f"{label}: {found['seconds_per_round']:.1f} s a round, so {hours} for "
+            f"{label}: {found['seconds_per_round']:.1f} s a round, so {whole} for "
             f"{config.iterations:,} rounds",
             highlight=False,
             soft_wrap=True,
@@ -72,28 +72,20 @@ def work(command: Estimate, arguments: Sequence[str]) -> None:
             write_json(path, {**found, **session(arguments)})
 
 
-def estimate(
-    config: Config,
-    method: str,
-    rounds: int,
-    on_rounds: Callable[[int], None] = lambda rounds: None,
-) -> dict[str, Any]:
+def estimate(config: Config, method: str, rounds: int) -> dict[str, Any]:
     """Makes ``rounds`` rounds, more than D, and times the last ones.
 
     Returns:
       ``seconds_per_round``, the median of those after the first D; ``estimated_hours`` of all
       rounds of ``config``; and what was run.
     """
-    shape, num_classes = _SHAPES[config.dataset]
-    dataset = _made_up(shape, num_classes, 10 * config.num_workers * config.batch_size)
+    from experiments.training.train import train
+
+    dataset = _made_up(_CLASSES[config.dataset], 10 * config.num_workers * config.batch_size)
     times = [time.perf_counter()]
-
-    def on_round(count: int) -> None:
-        times.append(time.perf_counter())
-        on_rounds(count)
-
     short = dataclasses.replace(config, iterations=rounds, evaluate_every=rounds, rounds_per_call=1)
-    record = train(short, method, 1, dataset, on_rounds=on_round)
+    on_rounds = lambda count: times.append(time.perf_counter())
+    record = train(short, method, 1, dataset, on_rounds=on_rounds)
     if not math.isfinite(record.final_train_loss):
         raise FloatingPointError(f"The training loss of {method} is not finite.")
     per_round = float(np.median(np.diff(times)[config.history :]))
@@ -110,14 +102,14 @@ def estimate(
     }
 
 
-def _made_up(shape: tuple[int, ...], num_classes: int, size: int) -> data.Dataset:
+def _made_up(num_classes: int, size: int) -> data.Dataset:
     """Noisy images, with a mean for each class so that there is something to learn."""
     rng = np.random.default_rng(0)
-    means = rng.integers(64, 192, (num_classes, *shape))
+    means = rng.integers(64, 192, (num_classes, 32, 32, 3))
 
     def examples(count: int) -> tuple[np.ndarray, np.ndarray]:
         labels = (np.arange(count) % num_classes).astype(np.int32)
-        images = means[labels] + rng.integers(-64, 64, (count, *shape))
+        images = means[labels] + rng.integers(-64, 64, (count, 32, 32, 3))
         return images.astype(np.uint8), labels
 
     return data.Dataset("made up", *examples(size), *examples(num_classes), num_classes)

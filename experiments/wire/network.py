@@ -31,6 +31,8 @@ import rich.console
 import rich.table
 import tyro
 
+from experiments.options import optional
+
 _RATES = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _DELAYS = {"us": 1, "ms": 10**3, "s": 10**6}
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "bridge": "iproute2"}
@@ -310,9 +312,7 @@ class Options:
     rate: str = "1gbit"
     """Of every link, in each direction: a number with kbit, mbit or gbit."""
 
-    delay: Annotated[
-        str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: none)")
-    ] = None
+    delay: Annotated[str | None, optional("STR", "none")] = None
     """One way from host to host: a number with us, ms or s. Needs the kernel's netem."""
 
 

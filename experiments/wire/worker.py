@@ -1,4 +1,4 @@
-"""One host of ``python -m experiments wire``: does what its conductor says, a line at a time.
+"""One host of ``python -m experiments wire``: does what it is asked, a line at a time.
 
 Each line on standard input is a request in JSON and each line on standard output its answer, so
 that nothing but the messages of the methods (and jax's own signs of life) crosses the network.
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
-from experiments.configs import CONFIGS, Config
+from experiments.configs import CONFIGS
 from experiments.methods import METHODS, make_optimizer
 from experiments.training.models import make_model
 from sasg_jax import exchange as exchange_lib
@@ -44,7 +44,6 @@ def main() -> None:
         if action == "meet":
             host, answer = Host(**request), {}
         else:
-            assert host is not None
             answer = getattr(host, action)(**request)
         answers.write(json.dumps(answer) + "\n")
 
@@ -56,42 +55,41 @@ class Host:
         jax.distributed.initialize(coordinator, count, index)
         if jax.local_device_count() != 1:
             raise RuntimeError(f"Expected one device on a host, got {jax.local_devices()}.")
-        self.config = dataclasses.replace(
-            CONFIGS[config], num_workers=count, width=width or CONFIGS[config].width
-        )
+        chosen = CONFIGS[config]
+        self.config = dataclasses.replace(chosen, num_workers=count, width=width or chosen.width)
         self.index = index
         self._mesh = Mesh(np.asarray(jax.devices()), (_AXIS,))
         self._model = make_model(self.config, num_classes=10)
-        shape = (1, *IMAGE_SHAPES[self.config.model])
-        self._variables = functools.partial(
-            self._model.init, jax.random.key(0), jnp.zeros(shape), train=True
-        )
+        images = jnp.zeros((1, *IMAGE_SHAPES[self.config.model]))
+        key = jax.random.key(0)
+        self._variables = functools.partial(self._model.init, key, images, train=True)
 
     def prepare(self, method: str, exchange: str, compute: bool) -> dict[str, Any]:
         """Builds and compiles the programs of one method over one exchange.
 
         Returns:
-          Bytes of the live arrays of the state that this worker holds on its device.
+          The ledger, and bytes of the live arrays of the state that this worker has on its device.
         """
         config = dataclasses.replace(self.config, exchange=exchange)
         tx = make_optimizer(config, method)
-        variables = jax.eval_shape(self._variables)
+        params = jax.eval_shape(self._variables)["params"]
         # One after another: what of an earlier method is still in memory is not needed.
         self._state: Any = None
-        self._round = self._batches = None
-        self._exchange = self._make_exchange(config, method, exchange, variables["params"])
+        self._train_step = self._batches = None
+        self._make_exchange(method, exchange, params)
         self.exchange_only(True, time.monotonic(), 1)
         if compute:
-            self._round = self._make_round(config, tx)
+            self._make_train_step(tx)
             self.whole_round(time.monotonic())
-            self._reset(config, tx)
-            state = find_state(self._state.opt_state)
+            self._reset()
+            opt_state = self._state.opt_state
         else:
-            state = find_state(tx.init(self._variables()["params"]))
+            opt_state = tx.init(self._variables()["params"])
+        state = find_state(opt_state)
         return {
             "worker": _local_bytes(state.worker),
             "server": _local_bytes(state.server),
-            "wire": dataclasses.asdict(state.wire),
+            "ledger": sasg_jax.Ledger(opt_state).to_dict(),
         }
 
     def whole_round(self, start: float) -> dict[str, Any]:
@@ -99,11 +97,11 @@ class Host:
 
         ``start`` is when, on the clock that all hosts on this machine have in common.
         """
-        assert self._round is not None
+        assert self._train_step is not None
         assert self._batches is not None
         batch = jax.tree.map(self._of_this_worker, next(self._batches))
         _sleep_until(start)
-        self._state, info = jax.block_until_ready(self._round(self._state, batch))
+        self._state, info = jax.block_until_ready(self._train_step.step(self._state, batch))
         return {"end": time.monotonic(), "uploaded": bool(_local(info.uploaded)[0])}
 
     def exchange_only(self, uploaded: bool, start: float, repeats: int) -> dict[str, Any]:
@@ -113,11 +111,8 @@ class Host:
         jax.block_until_ready([self._exchange(*self._messages, flag) for _ in range(repeats)])
         return {"end": time.monotonic()}
 
-    # Whole rounds ---------------------------------------------------------------------------------
-
-    def _make_round(self, config: Config, tx: optax.GradientTransformation) -> Callable:
-        variables = self._variables()
-        has_model_state = "batch_stats" in variables
+    def _make_train_step(self, tx: optax.GradientTransformation) -> None:
+        has_model_state = "batch_stats" in jax.eval_shape(self._variables)
 
         def loss_fn(params, batch, *, model_state=None):
             images, labels = batch
@@ -131,45 +126,40 @@ class Host:
         self._train_step = sasg_jax.make_train_step(
             loss_fn,
             tx,
-            num_workers=config.num_workers,
+            num_workers=self.config.num_workers,
             driver="shard_map",
             devices=jax.devices(),
             has_model_state=has_model_state,
         )
-        self._reset(config, tx)
-        return self._train_step.step
+        self._reset()
 
-    def _reset(self, config: Config, tx: optax.GradientTransformation) -> None:
+    def _reset(self) -> None:
+        assert self._train_step is not None
         variables = self._variables()
         self._state = self._train_step.init(variables["params"], variables.get("batch_stats", {}))
-        self._batches = self._images(config)
+        self._batches = self._images()
 
-    def _images(self, config: Config) -> Iterator[PyTree]:
+    def _images(self) -> Iterator[PyTree]:
         """This worker's batches: ten noisy images, one for each class, made up."""
-        shape = IMAGE_SHAPES[config.model]
+        shape, size = IMAGE_SHAPES[self.config.model], self.config.batch_size
         means = np.random.default_rng(0).normal(size=(10, *shape)).astype(np.float32)
         rng = np.random.default_rng([1, self.index])
         while True:
-            labels = rng.integers(10, size=config.batch_size, dtype=np.int32)
-            noise = rng.normal(size=(config.batch_size, *shape)).astype(np.float32)
+            labels = rng.integers(10, size=size, dtype=np.int32)
+            noise = rng.normal(size=(size, *shape)).astype(np.float32)
             yield means[labels] + 2 * noise, labels
 
-    # The exchange alone ---------------------------------------------------------------------------
-
-    def _make_exchange(
-        self, config: Config, method: str, exchange: str, params: PyTree
-    ) -> Callable:
+    def _make_exchange(self, method: str, exchange: str, params: PyTree) -> None:
         """The collectives of a round, on messages of the sizes that the method's have."""
-        dense, sparse = sasg_jax.identity(), sasg_jax.top_k(config.density)
-        up = dense if not METHODS[method].sparse else sparse
+        dense, sparse = sasg_jax.identity(), sasg_jax.top_k(self.config.density)
+        up = sparse if METHODS[method].sparse else dense
         down = sparse if METHODS[method].two_way else dense
-        adaptive = METHODS[method].alpha is not None
-        served, down_of = params, params
+        adaptive, workers, down_of = METHODS[method].alpha, self.config.num_workers, params
         if exchange == "sharded":
-            up, down_of = per_shard(up, config.num_workers), one_shard(params, config.num_workers)
+            up, down_of = per_shard(up, workers), one_shard(params, workers)
         message, answer = (
             jax.eval_shape(lambda tree, c=c: c.compress(tree).message, tree)
-            for c, tree in ((up, served), (down, down_of))
+            for c, tree in ((up, params), (down, down_of))
         )
 
         def on_one_device(message, answer, uploaded):
@@ -185,15 +175,11 @@ class Host:
             return jax.tree.map(lambda x: x.reshape(-1)[:1], result)
 
         split = PartitionSpec(_AXIS)
-        program = jax.jit(
-            jax.shard_map(
-                on_one_device, mesh=self._mesh, in_specs=split, out_specs=split, check_vma=False
-            )
-        )
+        over = {"mesh": self._mesh, "in_specs": split, "out_specs": split, "check_vma": False}
+        self._exchange = jax.jit(jax.shard_map(on_one_device, **over))
         self._messages = jax.tree.map(
             lambda s: self._of_this_worker(np.ones(s.shape, s.dtype)), (message, answer)
         )
-        return program
 
     def _of_this_worker(self, x: np.ndarray) -> jax.Array:
         """A global array with a leading axis over workers, of which this one holds ``x``."""

@@ -21,7 +21,8 @@ def test_every_run_is_drawn_in_all_six_panels(tmp_path, monkeypatch, methods):
         for seed in (1, 2):
             files = store.run(f"{method}-{seed}")
             config = dataclasses.asdict(CONFIGS["digits"]) | {"alpha_c": {}, "target_accuracy": 0.9}
-            with files.claimed({"config": config, "method": method, "seed": seed}):
+            about = {"name": files.name, "config": config, "method": method, "seed": seed}
+            with files.claimed(about):
                 for i in (1, 2, 3):
                     changes = {"iteration": i, "test_accuracy": 0.9 + i / 100, "train_loss": 1 / i}
                     files.append_point(Point(**(points | changes)))

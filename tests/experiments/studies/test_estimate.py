@@ -16,7 +16,7 @@ def test_the_estimate_is_of_rounds_after_the_first_d(monkeypatch):
     config = dataclasses.replace(CONFIGS["cifar10_resnet18"], width=2, history=2, iterations=7200)
     seconds = itertools.chain([0, 100, 200], [202, 205, 207, 1000])  # four rounds after the first D
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(seconds))
-    monkeypatch.setattr(estimate, "train", _train)
+    monkeypatch.setattr("experiments.training.train.train", _train)
     found = estimate.estimate(config, "sasg", 6)
     assert found["seconds_per_round"] == 2.5
     assert found["estimated_hours"] == 5.0
