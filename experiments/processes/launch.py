@@ -37,4 +37,4 @@ def launched(command: Sequence[str], processes: int, devices: int) -> Iterator[N
             process.wait()
     finally:
         for process in started:
-            process.terminate()
+            process.kill()
