@@ -115,15 +115,10 @@ def _find_archives(builder: Any, name: str, archives: pathlib.Path) -> pathlib.P
 def _check_archives(
     builder: Any, name: str, directory: pathlib.Path
 ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-    """Compares the archives in ``directory`` with their registered checksums.
+    """The changes to make to ``builder.url_infos`` for tensorflow-datasets to take the files, and
+    the checksums of those that are not the registered ones, by file name.
 
-    Returns:
-      The changes to make to ``builder.url_infos`` for tensorflow-datasets to take the files, and
-      ``{file name: {"sha256": ..., "registered_sha256": ...}}`` of those not registered.
-
-    Raises:
-      ValueError: a file is the registered one of another URL, most likely of another data set with
-        equal file names.
+    Raises ValueError for the file of another URL, most likely of a set with equal file names.
     """
     checksums = importlib.import_module("tensorflow_datasets.core.download.checksums")
     by_file = collections.defaultdict(dict)

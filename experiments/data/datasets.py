@@ -12,29 +12,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """An image-classification data set held in memory.
+    """An image-classification data set held in memory."""
 
-    Attributes:
-      name: what results are to be labelled with.
-      train_images: shape (N, H, W, C), dtype uint8, values 0..255.
-      train_labels: shape (N,), dtype int32, values 0..num_classes - 1.
-      test_images: shape (N_test, H, W, C), dtype uint8.
-      test_labels: shape (N_test,), dtype int32.
-      num_classes: number of classes.
-      test_source: of a combination, the data set that each test example came from, shape (N_test,),
-        dtype int32; None otherwise.
-    """
-
-    name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    name: str  # what results are to be labelled with
+    train_images: np.ndarray  # shape=(N, H, W, C), dtype=uint8
+    train_labels: np.ndarray  # from 0. shape=(N,), dtype=int32
+    test_images: np.ndarray  # shape=(N_test, H, W, C), dtype=uint8
+    test_labels: np.ndarray  # shape=(N_test,), dtype=int32
     num_classes: int
     test_source: np.ndarray | None = None
+    """Of a combination, the set that each test example is of. shape=(N_test,), dtype=int32"""
 
 
 def load(
@@ -45,33 +37,19 @@ def load(
 ) -> Dataset:
     """Loads a data set by name.
 
-    ``digits`` is scikit-learn's bundled ``load_digits``: 1,797 scanned 8x8 digits, the values
-    0..16 scaled to 0..255, of which 36 images of each class, always the same ones, are the test
-    set (1,437 train, 360 test). It needs no file and no network.
+    ``digits`` is scikit-learn's: 1,797 scanned 8x8 digits, of which 36 of each class, always the
+    same ones, are the test set. It needs no file and no network.
 
     Any other name is that of an image-classification set of tensorflow-datasets with the splits
-    ``train`` and ``test``, e.g. ``mnist``, ``cifar10`` or ``emnist/balanced``. A set already
-    prepared in ``data_dir`` is only read, without TensorFlow; otherwise its own builder prepares it
-    in the ``array_record`` format, which needs TensorFlow.
+    ``train`` and ``test``, e.g. ``mnist`` or ``emnist/balanced``. A set already prepared in
+    ``data_dir`` (tensorflow-datasets' own by default) is only read, without TensorFlow; otherwise
+    its own builder prepares it, from the original files in ``<archives>/<name>`` or in
+    ``archives``, all that are registered for the set, or from downloads where that is None.
 
-    An archive whose sha256 is not the one registered in tensorflow-datasets, such as a rebuilt or
-    shortened one, is used all the same, but never silently: a warning is logged and
-    ``Dataset.name`` becomes ``"<name> (unregistered archive)"``, now and whenever that prepared set
-    is read again. The first line of a file ``label.txt`` beside the archive takes the place of
-    "unregistered archive", e.g. "JPEG" for recompressed images.
-
-    Args:
-      name: ``"digits"`` or a tensorflow-datasets name, optionally with a config.
-      data_dir: where prepared sets are kept. Defaults to tensorflow-datasets' own default, the
-        environment variable ``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
-      archives: directory with the original archive files, which are looked for in
-        ``<archives>/<name>`` and then in ``archives`` itself. All files that tensorflow-datasets
-        registers for the set must be in one of the two, also those of its other configs. Not
-        looked at when the set is already prepared. With None the files are downloaded.
-
-    Returns:
-      A :class:`Dataset`. Examples come in the order in which they are stored, which for
-      tensorflow-datasets is a fixed shuffle.
+    An archive whose sha256 is not the registered one is used all the same, but never silently: a
+    warning is logged and ``Dataset.name`` becomes ``"<name> (unregistered archive)"``, now and
+    whenever that prepared set is read again. The first line of a file ``label.txt`` beside the
+    archive takes the place of "unregistered archive", e.g. "JPEG" for recompressed images.
 
     Raises:
       ImportError: a package is missing; the message names the extra to install.
@@ -111,13 +89,9 @@ def combine(datasets: Sequence[Dataset]) -> tuple[Dataset, np.ndarray]:
     zeros on all sides, to the largest height and width. Labels are kept as they are, so class 3 of
     every set becomes the same class 3.
 
-    Args:
-      datasets: one or more data sets.
-
     Returns:
-      The joined :class:`Dataset`, whose ``num_classes`` is the largest of the parts', and
-      ``train_source``, shape (N,), dtype int32: the position in ``datasets`` that each training
-      example came from, as :func:`experiments.data.partition.by_source` takes it.
+      The joined :class:`Dataset`, and the position in ``datasets`` that each training example came
+      from, as :func:`experiments.data.partition.by_source` takes it. shape=(N,), dtype=int32
 
     Raises:
       ValueError: there is no data set, or the numbers of channels cannot be brought together.
@@ -133,25 +107,25 @@ def combine(datasets: Sequence[Dataset]) -> tuple[Dataset, np.ndarray]:
                 f"{channels}."
             )
 
-    def join(parts: list[np.ndarray]) -> np.ndarray:
-        joined = np.zeros((sum(map(len, parts)), *shape), np.uint8)
+    def join(part: str) -> np.ndarray:
+        arrays = [getattr(dataset, part) for dataset in datasets]
+        if part.endswith("labels"):
+            return np.concatenate(arrays)
+        joined = np.zeros((sum(map(len, arrays)), *shape), np.uint8)
         start = 0
-        for part in parts:
-            top, left = (shape[:2] - part.shape[1:3]) // 2
-            height, width = part.shape[1:3]
-            joined[start : start + len(part), top : top + height, left : left + width] = part
-            start += len(part)
+        for array in arrays:
+            count, height, width, _ = array.shape
+            top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+            joined[start : start + count, top : top + height, left : left + width] = array
+            start += count
         return joined
 
     sources = np.arange(len(datasets), dtype=np.int32)
     combined = Dataset(
         name=" + ".join(dataset.name for dataset in datasets),
-        train_images=join([dataset.train_images for dataset in datasets]),
-        train_labels=np.concatenate([dataset.train_labels for dataset in datasets]),
-        test_images=join([dataset.test_images for dataset in datasets]),
-        test_labels=np.concatenate([dataset.test_labels for dataset in datasets]),
         num_classes=max(dataset.num_classes for dataset in datasets),
         test_source=np.repeat(sources, [len(dataset.test_labels) for dataset in datasets]),
+        **{name: join(name) for name in ARRAYS},
     )
     return combined, np.repeat(sources, [len(dataset.train_labels) for dataset in datasets])
 
@@ -175,11 +149,5 @@ def _load_digits() -> Dataset:
     is_test = np.zeros(len(labels), bool)
     for label in range(10):
         is_test[rng.permutation(np.flatnonzero(labels == label))[:36]] = True
-    return Dataset(
-        name="digits",
-        train_images=images[~is_test],
-        train_labels=labels[~is_test],
-        test_images=images[is_test],
-        test_labels=labels[is_test],
-        num_classes=10,
-    )
+    train, test = (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    return Dataset("digits", *train, *test, num_classes=10)

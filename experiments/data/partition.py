@@ -25,11 +25,7 @@ def iid_shards(num_examples: int, num_workers: int, seed: int) -> list[np.ndarra
 def by_source(train_source: np.ndarray, num_workers: int, seed: int) -> list[np.ndarray]:
     """Gives worker m examples of data set m % num_sources only, evenly within it.
 
-    Args:
-      train_source: shape (N,), integer: each example's source, 0..num_sources - 1, as
-        :func:`experiments.data.datasets.combine` returns it.
-      num_workers: number of shards, from num_sources to as many as leave each an example.
-      seed: see above.
+    ``train_source`` says where each example is from, as of :func:`experiments.data.combine`.
     """
     sizes = np.bincount(_check_vector("train_source", train_source))
     most = min(len(sizes) * int(size) + source for source, size in enumerate(sizes))
@@ -53,15 +49,9 @@ def dirichlet_label_skew(
 
     .. math:: (q_{c,1}, \dots, q_{c,M}) \sim \mathrm{Dir}(\alpha, \dots, \alpha),
 
-    and worker m gets that share of the class's examples, at random and rounded. The smaller
-    :math:`\alpha` is, the fewer workers hold a class; for large ones the shards become i.i.d. All
-    shares are drawn again until every worker has an example.
-
-    Args:
-      labels: shape (N,), integer, not negative.
-      num_workers: number of shards :math:`M`, from 1 to N.
-      concentration: :math:`\alpha`, positive and finite.
-      seed: see above.
+    and worker m gets that share of the class's examples, at random and rounded. The smaller the
+    concentration :math:`\alpha` is, the fewer workers hold a class; for large ones the shards
+    become i.i.d. All shares are drawn again until every worker has an example.
 
     Raises:
       ValueError: an argument is out of range, or 1,000 draws left a worker with no example.
@@ -104,7 +94,7 @@ def batch_order(
     start: int = 0,
     workers: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Returns the training examples in the batches of rounds start..start + iterations - 1.
+    """The training examples in the batches of rounds start..start + iterations - 1.
 
     Every worker walks through its own shard in a new random order each epoch. Epochs follow each
     other without a gap, so no example is dropped: a batch may span two epochs, or many where the
@@ -114,16 +104,7 @@ def batch_order(
     works in chunks gets the same batches as one that asks for all rounds at once. Only the epochs
     in these rounds are drawn, each from its own generator.
 
-    Args:
-      shards: M arrays of training indices, not empty, of any integer dtype.
-      batch_size: examples per worker and round, B.
-      iterations: number of rounds, at least 1.
-      seed: see above.
-      start: the first round, from 0.
-      workers: whose batches to return, W of the M workers; all of them by default.
-
-    Returns:
-      Indices into the training set, shape (iterations, W, B), dtype int32.
+    Of all workers, or of the W that ``workers`` names. shape=(iterations, W, B), dtype=int32
     """
     _check_integer("batch_size", batch_size, 1)
     _check_integer("iterations", iterations, 1)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from experiments.data import archives
+from experiments.data.datasets import ARRAYS
 
 _log = logging.getLogger(__name__)
 
-_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _READ_CHUNK = 1024
 
 
@@ -101,10 +101,9 @@ def _supervised_keys(tfds: Any, builder: Any, name: str) -> tuple[str, str]:
 
 def _decode(builder: Any, image_key: str, label_key: str, name: str) -> dict[str, np.ndarray]:
     arrays = {}
-    shape = None
+    shape = builder.as_data_source("train")[0][image_key].shape
     for split in ("train", "test"):
         source = builder.as_data_source(split)
-        shape = source[0][image_key].shape if shape is None else shape
         images = np.empty((len(source), *shape), np.uint8)
         labels = np.empty(len(source), np.int32)
         for start in range(0, len(source), _READ_CHUNK):
@@ -130,7 +129,7 @@ def _decode(builder: Any, image_key: str, label_key: str, name: str) -> dict[str
 def _read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {key: file[key] for key in _ARRAYS}
+            return {key: file[key] for key in ARRAYS}
     except FileNotFoundError:
         return None
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:

@@ -10,14 +10,8 @@ from experiments.report.page import write_page
 def write_report(directory: pathlib.Path) -> pathlib.Path:
     """Writes ``report.html`` in a folder of results, and PNG and CSV files in ``report/``.
 
-    Results may be partial: a section without any says which command makes them.
-
-    Returns:
-      The path of the page.
-
-    Raises:
-      FileNotFoundError: the folder holds no results.
-      ResultsError: a file in it is not what it should be; the message names it.
+    Results may be partial: a section without any says which command makes them. Returns the path of
+    the page; errors are those of :func:`experiments.report.findings.read`.
     """
     results = findings.read(directory)
     verdicts = claims.verdicts(results)
@@ -37,17 +31,11 @@ def write_report(directory: pathlib.Path) -> pathlib.Path:
         provenance.not_run(results),
         provenance.environment(results),
     ]
-    for section in sections:
-        for table in section.tables:
-            table.write(files)
+    for table in (table for section in sections for table in section.tables):
+        table.write(files)
+    written = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
+    done = sum(run.record is not None for run in results.runs)
+    about = {"paper": paper, "written": written, "done": done}
     path = directory / "report.html"
-    write_page(
-        path,
-        "report.html",
-        sections=sections,
-        verdicts=verdicts,
-        paper=paper,
-        written=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        done=sum(run.record is not None for run in results.runs),
-    )
+    write_page(path, sections=sections, verdicts=verdicts, **about)
     return path

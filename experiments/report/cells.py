@@ -12,8 +12,7 @@ from experiments.report.findings import Group, Spread
 from experiments.report.page import Cell, words
 from experiments.report.tables import format_bytes
 
-NOTHING = "–"
-NOT_AT_HAND = "not at hand"
+NOTHING, NOT_AT_HAND = "–", "not at hand"
 
 _SETS = {
     "cifar100": "CIFAR-100",
@@ -23,44 +22,18 @@ _SETS = {
     "digits": "scikit-learn’s digits",
 }
 
+percent = lambda part, digits=1: f"{100 * part:.{digits}f}\u00a0%"  # 0.0123 as 1.2 %
+density_label = lambda density: f"{100 * density:g}\u00a0%"
+signed_percent = lambda part: f"{100 * part:+,.1f}\u00a0%".replace("-", "−")
+share = lambda ratio: f"1/{1 / ratio:.1f}" if ratio < 1 else f"{ratio:.1f}"  # 0.1 as 1/10.0
+scientific = lambda value: f"{value:.2e}".replace("e+0", "e").replace("e+", "e")  # 2.97e9
+reproduce = lambda target: f"python -m experiments reproduce {target} --out DIR"
 
-def percent(part: float, digits: int = 1) -> str:
-    """``0.0123`` as ``1.2 %``."""
-    return f"{100 * part:.{digits}f}\u00a0%"
-
-
-def signed_percent(part: float) -> str:
-    """``-0.0123`` as ``−1.2 %``."""
-    return f"{100 * part:+,.1f}\u00a0%".replace("-", "−")
-
-
-def share(ratio: float) -> str:
-    """``0.1`` as ``1/10.0``, ``2.5`` as ``2.5``: so many times as much or as little."""
-    return f"1/{1 / ratio:.1f}" if ratio < 1 else f"{ratio:.1f}"
-
-
-def scientific(value: float) -> str:
-    """``2.97e9``."""
-    return f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
-
-
-def significant(value: float) -> Cell:
-    """Three digits of it."""
-    return Cell(f"{value:.3g}".replace("-", "−"), value)
-
-
-def count(value: int) -> Cell:
-    """``12,345``."""
-    return Cell(f"{value:,}", value)
-
-
-def share_cell(ratio: float, is_one: bool = False) -> Cell:
-    """Of a ratio that is written as 1 where a thing is beside itself."""
-    return Cell("1" if is_one else share(ratio), ratio)
-
-
-def bytes_cell(size: float) -> Cell:
-    return Cell(format_bytes(size), size)
+count = lambda value: Cell(f"{value:,}", value)
+significant = lambda value: Cell(f"{value:.3g}".replace("-", "−"), value)
+bytes_cell = lambda size: Cell(format_bytes(size), size)
+share_cell = lambda ratio, is_one: Cell("1" if is_one else share(ratio), ratio)
+reached = lambda group: Cell(f"{len(group.reached)} of {len(group.records)}", len(group.reached))
 
 
 def mean_sd(spread: Spread | None, text: Callable[[float], str] = "{:,.0f}".format) -> Cell:
@@ -88,10 +61,6 @@ def deviation(ours: float | None, papers: float, is_bound: bool = False) -> Cell
     return Cell(signed_percent(off) + " outside" * is_outside, off, is_outside)
 
 
-def reached(group: Group) -> Cell:
-    return Cell(f"{len(group.reached)} of {len(group.records)}", len(group.reached))
-
-
 def method_label(method: str) -> str:
     """Its name for people; as it is where it is none of ours."""
     return METHODS[method].label if method in METHODS else method
@@ -117,27 +86,19 @@ def describe(groups: Sequence[Group]) -> str:
     if config["model"] == "mlp":
         network, unit = "fully connected, one hidden layer of", "units"
     seeds = sorted({record["seed"] for group in groups for record in group.records})
-    weights = ", ".join(
-        f"{group.label} {group.config['alpha_c'][group.method]:g}"
-        for group in groups
-        if METHODS[group.method].alpha == group.method
-    )
+    adaptive = [group for group in groups if METHODS[group.method].alpha == group.method]
+    weights = [f"{group.label} {group.config['alpha_c'][group.method]:g}" for group in adaptive]
     return words(
         "curves.setting",
         config=config,
         data=data_label(groups),
         network=f"{network} {config['width']} {unit}",
         parameters=record["num_parameters"],
-        density=100 * config["density"],
-        rule=f" The rule’s c (α = c·M/γ): {weights}." if weights else "",
+        density=density_label(config["density"]),
+        rule=f" The rule’s c (α = c·M/γ): {', '.join(weights)}." if weights else "",
         target=percent(config["target_accuracy"], 0),
         seeds=f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
     )
-
-
-def reproduce(target: str) -> str:
-    """The command that makes what is behind a table or figure."""
-    return f"python -m experiments reproduce {target} --out DIR"
 
 
 def plain(value: Any) -> str:

@@ -1,15 +1,13 @@
 """Whether the paper's claims hold in a folder of results, and the numbers that say so."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from experiments.methods import METHODS, PAPER_METHODS
 from experiments.report import paper
-from experiments.report.cells import method_label, percent, share, signed_percent
+from experiments.report.cells import density_label, method_label, percent, share, signed_percent
 from experiments.report.findings import Group, Results, fastest_exchanges
 from experiments.studies.plan import DENSITIES, RUNS
-from experiments.wire.measure import Measurement
 
 HOLDS, FAILS, OPEN, NOTE = "holds", "does not hold", "not known yet", "to know"
 """What a :class:`Verdict` says of its claim. A note claims nothing that could fail."""
@@ -19,6 +17,7 @@ HOLDS, FAILS, OPEN, NOTE = "holds", "does not hold", "not known yet", "to know"
 _ACCURACY_SPREAD = 0.005
 
 _NO_RUN = OPEN, "no run is done yet."
+_FEWEST = "SASG reaches the accuracy with the fewest uploads of the four"
 
 Found = tuple[str, str]
 """A status and the evidence for it."""
@@ -28,8 +27,7 @@ Found = tuple[str, str]
 class Verdict:
     """A claim, what became of it here, and the numbers that say so."""
 
-    where: str
-    """The table or figure that it is about."""
+    where: str  # the table or figure that it is about
     claim: str
     status: str
     evidence: str
@@ -46,57 +44,30 @@ class Verdict:
         return f"The paper’s claim is that {self.claim}. {became}: {self.evidence}"
 
 
+_CLAIMS: list[tuple[str, str, Callable[[Results], Found]]] = []
+
+
 def verdicts(results: Results) -> list[Verdict]:
     """All claims that the report looks into, in its order."""
-    mnist = results.standard_groups("mnist_fc")
-    by_density = results.groups("mnist_fc", ("sparse", "sasg"))
-    fewest = "SASG reaches the accuracy with the fewest uploads of the four"
-    tolerance = percent(paper.UPLOADS_TOLERANCE, 0)
-    claims = [
-        (
-            "Table II, MNIST",
-            f"mean uploads are within {tolerance} of the paper’s cells",
-            _uploads_are_near(mnist),
-        ),
-        (
-            "Table II, MNIST",
-            f"SASG needs at most {paper.LARGEST_SHARE} of SGD’s uploads",
-            _share_of_sgd(mnist),
-        ),
-        (
-            "CIFAR-10, narrow ResNet18",
-            fewest,
-            _sasg_needs_fewest(results.standard_groups("cifar10_narrow")),
-        ),
-        (
-            "Table III",
-            "Sparse, LASG and SASG each take less time to communicate than SGD, and SASG least",
-            _communication(results.measurements),
-        ),
-        (
-            "Figure 4",
-            "at every density SASG needs fewer uploads than Sparse for the same accuracy",
-            _fewer_at_every_density(by_density),
-        ),
-        (
-            "Figure 4",
-            "the accuracy hardly depends on the density",
-            _accuracy_at_all_densities(by_density),
-        ),
-        (
-            "Figure 5",
-            f"also when workers hold different data sets, {fewest}",
-            _sasg_needs_fewest(results.standard_groups("hetero_narrow")),
-        ),
-        ("Theory", "the lemmas and rates hold as numbers", _theory(results.theory)),
-    ]
-    found = [Verdict(where, claim, *found) for where, claim, found in claims]
-    return found + _both_ways(mnist)
+    found = [Verdict(where, claim, *judge(results)) for where, claim, judge in _CLAIMS]
+    return found + _both_ways(results.standard_groups("mnist_fc"))
 
 
-def _uploads_are_near(groups: Sequence[Group]) -> Found:
-    """Of the criterion for Table II on MNIST."""
+def _claim(where: str, claim: str) -> Callable:
+    def add(judge: Callable[[Results], Found]) -> Callable[[Results], Found]:
+        _CLAIMS.append((where, claim, judge))
+        return judge
+
+    return add
+
+
+@_claim(
+    "Table II, MNIST",
+    f"mean uploads are within {percent(paper.UPLOADS_TOLERANCE, 0)} of the paper’s cells",
+)
+def _uploads_are_near(results: Results) -> Found:
     cells, outside, is_complete = [], [], True
+    groups = results.standard_groups("mnist_fc")
     by_method = {group.method: group for group in groups if group.is_comparable}
     for method in PAPER_METHODS:
         group = by_method.get(method)
@@ -119,21 +90,25 @@ def _uploads_are_near(groups: Sequence[Group]) -> Found:
     return HOLDS, evidence
 
 
-def _share_of_sgd(groups: Sequence[Group]) -> Found:
-    """Of the criterion for SASG's uploads beside SGD's."""
+@_claim("Table II, MNIST", f"SASG needs at most {paper.LARGEST_SHARE} of SGD’s uploads")
+def _share_of_sgd(results: Results) -> Found:
+    groups = results.standard_groups("mnist_fc")
     uploads = _uploads(group for group in groups if group.is_comparable)
     if not uploads.keys() >= {"sgd", "sasg"}:
         return OPEN, "no runs of both have reached the target yet."
     ratio = uploads["sasg"] / uploads["sgd"]
     papers = paper.MNIST_UPLOADS["sasg"] / paper.MNIST_UPLOADS["sgd"]
-    return (
-        HOLDS if ratio <= paper.LARGEST_SHARE else FAILS,
-        f"{uploads['sasg']:,.0f} / {uploads['sgd']:,.0f} = {ratio:.2f}; {papers:.2f} in the paper.",
-    )
+    counts = f"{uploads['sasg']:,.0f} / {uploads['sgd']:,.0f}"
+    status = HOLDS if ratio <= paper.LARGEST_SHARE else FAILS
+    return status, f"{counts} = {ratio:.2f}; {papers:.2f} in the paper."
+
+
+@_claim("CIFAR-10, narrow ResNet18", _FEWEST)
+def _fewest_on_cifar(results: Results) -> Found:
+    return _sasg_needs_fewest(results.standard_groups("cifar10_narrow"))
 
 
 def _sasg_needs_fewest(groups: Sequence[Group]) -> Found:
-    """Whether SASG reaches the target with the fewest uploads of the paper's four methods."""
     by_method = {group.method: group for group in groups if group.method in PAPER_METHODS}
     if not by_method:
         return _NO_RUN
@@ -153,12 +128,39 @@ def _sasg_needs_fewest(groups: Sequence[Group]) -> Found:
     return OPEN if is_open else HOLDS, evidence
 
 
-def _fewer_at_every_density(groups: Sequence[Group]) -> Found:
-    cells, statuses = [], []
+@_claim(
+    "Table III",
+    "Sparse, LASG and SASG each take less time to communicate than SGD, and SASG least",
+)
+def _communication(results: Results) -> Found:
+    fastest = fastest_exchanges(results.measurements)
+    if "sgd" not in fastest or len(fastest) < 2:
+        return OPEN, "it has not been measured yet."
+    base, papers = fastest.pop("sgd"), paper.COMMUNICATION_SECONDS
+    times = {m: found.communication_ms / base.communication_ms for m, found in fastest.items()}
+    papers_share = {method: share(papers[method] / papers["sgd"]) for method in times}
+    cells = [
+        f"{METHODS[m].label} {share(ratio)} over {fastest[m].exchange} ({papers_share[m]} in the "
+        "paper)"
+        for m, ratio in times.items()
+    ]
+    beside = f"time of the exchange beside SGD’s over {base.exchange}, each method over its fastest"
+    evidence = f"{beside}: {'; '.join(cells)}."
+    slower = [METHODS[method].label for method, ratio in times.items() if ratio >= 1]
+    if slower:
+        return FAILS, f"{evidence} Not faster than SGD: {', '.join(slower)}."
+    if "sasg" in times and times["sasg"] > min(times.values()):
+        return FAILS, f"{evidence} SASG’s is not the least."
+    return HOLDS if len(times) == len(PAPER_METHODS) - 1 else OPEN, evidence
+
+
+@_claim("Figure 4", "at every density SASG needs fewer uploads than Sparse for the same accuracy")
+def _fewer_at_every_density(results: Results) -> Found:
+    groups, cells, statuses = results.groups("mnist_fc", ("sparse", "sasg")), [], []
     for density in DENSITIES:
         at_density = {group.method: group for group in groups if group.density == density}
         uploads = _uploads(at_density.values())
-        name = f"at {100 * density:g}\u00a0%"
+        name = f"at {density_label(density)}"
         if len(at_density) < 2 or not uploads:
             if at_density:
                 cells.append(f"{name} no comparison yet")
@@ -178,10 +180,11 @@ def _fewer_at_every_density(groups: Sequence[Group]) -> Found:
     return _all_of(statuses), evidence
 
 
-def _accuracy_at_all_densities(groups: Sequence[Group]) -> Found:
+@_claim("Figure 4", "the accuracy hardly depends on the density")
+def _accuracy_at_all_densities(results: Results) -> Found:
+    groups, cells, statuses = results.groups("mnist_fc", ("sparse", "sasg")), [], []
     if not groups:
         return _NO_RUN
-    cells, statuses = [], []
     for method in ("sparse", "sasg"):
         of_method = [group for group in groups if group.method == method]
         final = {g.density: g.in_the_end("final_test_accuracy").mean for g in of_method}
@@ -203,33 +206,14 @@ def _accuracy_at_all_densities(groups: Sequence[Group]) -> Found:
     return _all_of(statuses), evidence
 
 
-def _communication(measurements: Sequence[Measurement]) -> Found:
-    """Of table III's order, with every method over the exchange that is fastest for it."""
-    fastest = fastest_exchanges(measurements)
-    if "sgd" not in fastest or len(fastest) < 2:
-        return OPEN, "it has not been measured yet."
-    base, papers = fastest.pop("sgd"), paper.COMMUNICATION_SECONDS
-    times = {m: found.communication_ms / base.communication_ms for m, found in fastest.items()}
-    cells = [
-        f"{METHODS[method].label} {share(ratio)} over {fastest[method].exchange} "
-        f"({share(papers[method] / papers['sgd'])} in the paper)"
-        for method, ratio in times.items()
-    ]
-    evidence = (
-        f"time of the exchange beside SGD’s over {base.exchange}, each method over its fastest: "
-        f"{'; '.join(cells)}."
-    )
-    slower = [METHODS[method].label for method, ratio in times.items() if ratio >= 1]
-    if slower:
-        return FAILS, f"{evidence} Not faster than SGD: {', '.join(slower)}."
-    if "sasg" in times and times["sasg"] > min(times.values()):
-        return FAILS, f"{evidence} SASG’s is not the least."
-    return HOLDS if len(times) == len(PAPER_METHODS) - 1 else OPEN, evidence
+@_claim("Figure 5", f"also when workers hold different data sets, {_FEWEST}")
+def _fewest_on_different_sets(results: Results) -> Found:
+    return _sasg_needs_fewest(results.standard_groups("hetero_narrow"))
 
 
-def _theory(theory: Mapping[str, Any] | None) -> Found:
-    """Of the checks of lemmas and rates."""
-    checks = theory["results"]["checks"] if theory else []
+@_claim("Theory", "the lemmas and rates hold as numbers")
+def _theory(results: Results) -> Found:
+    checks = results.theory["results"]["checks"] if results.theory else []
     if not checks:
         return OPEN, "they have not been measured yet."
     failed = [check for check in checks if not check["holds"]]

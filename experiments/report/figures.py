@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 # A panel is as wide as a phone's screen, on which its text is then still of a size to read.
 _PANEL = (5.0, 3.7)
-_PANEL_STYLE: dict[Any, Any] = {
-    "font.size": 11.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+_PANEL_STYLE: Any = {"font.size": 11.5, "axes.spines.top": False, "axes.spines.right": False}
 _THOUSANDS = matplotlib.ticker.StrMethodFormatter("{x:,.0f}")
 
 
@@ -125,8 +121,7 @@ class Band:
     mean: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-    note: str = ""
-    """Follows the method's name in the legend."""
+    note: str = ""  # follows the method's name in the legend
 
     @classmethod
     def over(cls, method: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> "Band":
@@ -159,19 +154,9 @@ def plot_bands(
 ) -> None:
     """Draws one panel.
 
-    Args:
-      bands: what to draw, at least one.
-      path: where to.
-      title: of the panel.
-      x_label: of the axis.
-      y_label: of the axis.
-      x_scale: ``"linear"`` or ``"log"``.
-      y_scale: as ``x_scale``.
-      x_ticks: places on the axis, and what to write there; None leaves it to matplotlib.
-      marker: at each point of a line, for those with few.
-      accuracies: the ends of an axis in per cent; None is for one that shows something else.
-      target: accuracy at which to draw a line.
-      slope: of a dashed line to compare with, on two logarithmic axes.
+    ``x_ticks`` are places on the axis, and what to write there; ``accuracies`` the ends of an axis
+    in per cent, where it shows them, and ``target`` one at which to draw a line; ``slope`` that of
+    a dashed line to compare with, on two logarithmic axes. A marker is for lines of few points.
     """
     with _panel(path, _PANEL) as (figure, axis):
         for band in bands:

@@ -18,11 +18,9 @@ from experiments.wire.measure import Measurement
 class Run:
     """One run, done or not."""
 
-    about: dict[str, Any]
-    """What ``run.json`` holds."""
+    about: dict[str, Any]  # what ``run.json`` holds
     curve: list[dict[str, Any]]
-    record: dict[str, Any] | None
-    """None while it is not done."""
+    record: dict[str, Any] | None  # None while it is not done
 
     @property
     def rounds(self) -> int:
@@ -35,8 +33,7 @@ class Spread:
     """Of a number over seeds."""
 
     mean: float
-    sd: float | None = None
-    """The sample standard deviation; None for a single seed."""
+    sd: float | None = None  # of the sample; None for a single seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +41,7 @@ class Group:
     """The runs of one method on one experiment that are done, of which there is at least one."""
 
     method: str
-    density: float | None
-    """None for a method that sends everything."""
+    density: float | None  # None for a method that sends everything
     config: dict[str, Any]
     runs: list[Run]
 
@@ -119,7 +115,7 @@ class Results:
     @property
     def measurements(self) -> list[Measurement]:
         """Of the exchanges."""
-        return [Measurement(**found) for found in self.wire["measurements"]] if self.wire else []
+        return [Measurement(**found) for found in (self.wire or {}).get("measurements", [])]
 
     @property
     def not_run(self) -> dict[str, list[str]]:

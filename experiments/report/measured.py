@@ -7,22 +7,12 @@ from typing import Any
 
 from experiments.configs import CONFIGS
 from experiments.methods import METHODS
-from experiments.report import cells, paper
+from experiments.report import cells, page, paper
 from experiments.report.cells import NOT_AT_HAND, NOTHING, method_label, percent, significant
 from experiments.report.claims import Verdict
 from experiments.report.figures import Band, plot_bands, plot_times
 from experiments.report.findings import Results, fastest_exchanges
-from experiments.report.page import (
-    Cell,
-    Figure,
-    Panel,
-    Section,
-    Table,
-    number,
-    text,
-    words,
-    write_csv,
-)
+from experiments.report.page import Cell, Section, Table, number, text, words
 from experiments.report.tables import format_seconds
 from experiments.wire.measure import Measurement
 
@@ -53,9 +43,11 @@ def communication(results: Results, verdicts: Sequence[Verdict], files: pathlib.
     plot_times(measurements, path)
     header = ["method", "exchange", "ms per round"]
     rows = [[m.method, m.exchange, m.communication_ms] for m in measurements]
-    write_csv(path.with_suffix(".csv"), header, rows)
-    panel = Panel(path, words("figure3.alt"))
-    section.figures.append(Figure("figure3", words("figure3.caption", network=network), [panel]))
+    page.write_csv(path.with_suffix(".csv"), header, rows)
+    panel = page.Panel(path, words("figure3.alt"))
+    section.figures.append(
+        page.Figure("figure3", words("figure3.caption", network=network), [panel])
+    )
     return section
 
 
@@ -102,10 +94,10 @@ def _times_table(measurements: Sequence[Measurement], setting: Mapping[str, Any]
     seconds = ", ".join(f"{method_label(m)} {s:.2f} s" for m, s in papers.items())
     left_out = "" if is_papers_model else ", for another model than this one, so it is left out"
     notes = [
-        words("figure3.times", seconds=seconds, base=base.exchange if base else "nothing yet"),
-        words("figure3.memory", left_out=left_out),
+        words("table3.times", seconds=seconds, base=base.exchange if base else "nothing yet"),
+        words("table3.memory", left_out=left_out),
     ]
-    return Table("table3", words("figure3.table-caption"), columns, measurements, notes)
+    return Table("table3", columns, measurements, notes)
 
 
 # Theory -------------------------------------------------------------------------------------------
@@ -133,16 +125,14 @@ def theory(results: Results, verdicts: Sequence[Verdict], files: pathlib.Path) -
         number("tolerance", lambda check: significant(check["tolerance"])),
         text("source", lambda check: check["source"]),
     ]
-    caption = words("theory.caption")
-    section.tables.append(Table("theory-checks", caption, columns, found["checks"]))
+    section.tables.append(Table("theory-checks", columns, found["checks"]))
     settings = _flat(found.get("settings", {}))
     if settings:
         columns = [
             text("setting", lambda item: item[0]),
             text("value", lambda item: cells.plain(item[1])),
         ]
-        caption = f"The settings ({len(settings)})"
-        section.tables.append(Table("theory-settings", caption, columns, settings, folded=True))
+        section.tables.append(Table("theory-settings", columns, settings, folded=True))
     for key, variable, what, of in (
         ("rate", "T", "rounds T", "rounds (Theorem 1)"),
         ("workers", "M", "workers M", "number of workers (Remark 1)"),
@@ -150,13 +140,13 @@ def theory(results: Results, verdicts: Sequence[Verdict], files: pathlib.Path) -
         if found[key]:
             caption = words("theory.curves", of=of)
             panels = _rates(found[key], variable, what, files / f"theory-{key}.csv")
-            section.figures.append(Figure(f"theory-{key}", caption, panels))
+            section.figures.append(page.Figure(f"theory-{key}", caption, panels))
     return section
 
 
 def _rates(
     lines: Sequence[Mapping[str, Any]], variable: str, what: str, path: pathlib.Path
-) -> list[Panel]:
+) -> list[page.Panel]:
     """A panel for each problem, with every method's fitted slope, and the CSV of all."""
     fields = (variable, "mean", "min", "max")
     panels = []
@@ -185,13 +175,13 @@ def _rates(
         )
         slopes = ", ".join(f"{method_label(b.method)}{b.note[1:]}" for b in bands)
         alt = f"{problem}: averaged squared gradient norm against {what}; {slopes}."
-        panels.append(Panel(panel, alt))
+        panels.append(page.Panel(panel, alt))
     rows = [
         [line["problem"], line["method"], *values, line["slope"]]
         for line in lines
         for values in zip(*(line[field] for field in fields), strict=True)
     ]
-    write_csv(path, ["problem", "method", *fields, "slope"], rows)
+    page.write_csv(path, ["problem", "method", *fields, "slope"], rows)
     return panels
 
 
@@ -230,5 +220,5 @@ def estimates(results: Results) -> Section:
     ]
     order = lambda e: (list(CONFIGS).index(e["config"]), list(METHODS).index(e["method"]))
     subjects, notes = sorted(results.estimates, key=order), [words("estimates.units")]
-    section.tables.append(Table("estimates", words("estimates.caption"), columns, subjects, notes))
+    section.tables.append(Table("estimates", columns, subjects, notes))
     return section

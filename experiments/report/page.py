@@ -36,19 +36,16 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a table."""
+    """A column of a table, and what it shows of the subject of a row."""
 
     label: str
-    cell: Callable[[Any], Cell | str]  # what it shows of the subject of a row
+    cell: Callable[[Any], Cell | str]
     group: str = ""  # a heading over this column and its neighbours of the same group
     is_text: bool = False
 
 
-def text(label: str, cell: Callable[[Any], Cell | str]) -> Column:
-    return Column(label, cell, is_text=True)
-
-
 number = Column
+text = lambda label, cell: Column(label, cell, is_text=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +53,15 @@ class Table:
     """A row for each subject. The first column names the rows."""
 
     name: str
-    caption: str
     columns: Sequence[Column]
     subjects: Sequence[Any]
     notes: Sequence[str] = ()
     folded: bool = False
+    key: str = ""  # where its caption is in words.toml, unless it is its name
+
+    @property
+    def caption(self) -> str:
+        return words(f"{self.key or self.name}.caption", count=len(self.subjects))
 
     @property
     def rows(self) -> list[list[Cell]]:
@@ -76,14 +77,9 @@ class Table:
 
     def write(self, directory: pathlib.Path) -> None:
         """Writes its CSV file, with numbers as they are."""
-        write_csv(
-            directory / f"{self.name}.csv",
-            [f"{c.group}: {c.label}" if c.group else c.label for c in self.columns],
-            [
-                [cell.text if cell.value is None else cell.value for cell in row]
-                for row in self.rows
-            ],
-        )
+        header = [f"{c.group}: {c.label}" if c.group else c.label for c in self.columns]
+        rows = [[c.text if c.value is None else c.value for c in row] for row in self.rows]
+        write_csv(directory / f"{self.name}.csv", header, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +88,6 @@ class Panel:
 
     path: pathlib.Path
     alt: str
-
-    @property
-    def file(self) -> str:
-        return f"report/{self.path.name}"
 
     @property
     def uri(self) -> str:
@@ -123,8 +115,8 @@ class Section:
     missing: str = ""
 
 
-def write_page(path: pathlib.Path, template: str, **content: Any) -> None:
-    """Writes a page, which is whole at any moment, from a template that gets ``content``."""
+def write_page(path: pathlib.Path, **content: Any) -> None:
+    """Writes the page, which is whole at any moment."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -133,11 +125,10 @@ def write_page(path: pathlib.Path, template: str, **content: Any) -> None:
         undefined=jinja2.StrictUndefined,
     )
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(environment.get_template(template).render(content), encoding="utf-8")
+    partial.write_text(environment.get_template("report.html").render(content), encoding="utf-8")
     os.replace(partial, path)
 
 
 def write_csv(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a CSV file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])

@@ -18,12 +18,9 @@ MNIST_SETTING = {
 }
 """Fields of a :class:`experiments.configs.Config` with which our uploads can be compared."""
 
-DENSITY = 0.01
-"""Of the sparse methods in tables II and III."""
-
+DENSITY = 0.01  # of the sparse methods in tables II and III
 MNIST_PARAMETERS = 407_050
-MNIST_KEPT = 4_071
-"""k: the entries that a sparse method sends of them."""
+MNIST_KEPT = 4_071  # k: the entries that a sparse method sends of them
 
 MNIST_UPLOADS = {"sgd": 60_400, "sparse": 67_400, "lasg": 33_853, "sasg": 22_823}
 """Table II: uploads of all workers until the test accuracy is 98 %."""

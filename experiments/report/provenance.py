@@ -48,11 +48,10 @@ def environment(results: Results) -> Section:
         text("started", lambda item: item[1].get("started", "")),
         text("command", lambda item: item[1]["command"]),
     ]
-    measurements = words("environment.measurements", count=len(measured))
     tables = [
-        Table("environment", words("environment.caption"), of_place, list(places)),
+        Table("environment", of_place, list(places)),
         _runs_table(results.runs),
-        Table("measurements", measurements, of_measurement, measured, folded=True),
+        Table("measurements", of_measurement, measured, folded=True),
     ]
     section = Section("environment", "Environment and commands")
     section.tables = [table for table in tables if table.subjects]
@@ -87,5 +86,4 @@ def _runs_table(runs: Sequence[Run]) -> Table:
         number("training", training),
         text("command", lambda r: "; ".join(dict.fromkeys(s["command"] for s in sessions(r)))),
     ]
-    caption, notes = words("environment.runs", count=len(runs)), [words("environment.resumed")]
-    return Table("runs", caption, columns, runs, notes, folded=True)
+    return Table("runs", columns, runs, [words("runs.resumed")], folded=True)

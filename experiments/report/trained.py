@@ -6,39 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report import cells, claims, paper
+from experiments.report import cells, claims, page, paper
 from experiments.report.cells import NOTHING, at_target, data_label, percent
 from experiments.report.claims import Verdict
 from experiments.report.figures import Band, accuracy_range, plot_bands
 from experiments.report.findings import Group, Results, Spread
-from experiments.report.page import (
-    Cell,
-    Figure,
-    Panel,
-    Section,
-    Table,
-    number,
-    text,
-    words,
-    write_csv,
-)
+from experiments.report.page import Cell, Section, Table, number, text, words
 
 
 def table2(results: Results, name: str, verdicts: Sequence[Verdict]) -> Section:
     groups = results.standard_groups(name)
     section = Section(f"table2-{name}", f"Table II: {data_label(groups, name)}")
     if not groups:
-        is_planned = name in ("mnist_fc", "cifar10_narrow")
-        compare = f"python -m experiments compare {name}"
-        section.missing = cells.reproduce("table2") if is_planned else compare
+        section.missing = f"python -m experiments compare {name}"
+        if name in ("mnist_fc", "cifar10_narrow"):
+            section.missing = cells.reproduce("table2")
         return section
     section.paragraphs.append(cells.describe(groups))
-    if name == "mnist_fc":
-        section.paragraphs += [
-            words("table2.fails", claim=verdict.claim, evidence=verdict.evidence)
-            for verdict in verdicts
-            if verdict.where == "Table II, MNIST" and verdict.status == claims.FAILS
-        ]
+    failed = [v for v in verdicts if (v.where, v.status) == ("Table II, MNIST", claims.FAILS)]
+    for verdict in failed if name == "mnist_fc" else []:
+        says = {"claim": verdict.claim, "evidence": verdict.evidence}
+        section.paragraphs.append(words("table2.fails", **says))
     section.tables = [_papers_table(groups, name), _honest_table(groups, name)]
     return section
 
@@ -50,37 +38,30 @@ def _papers_table(groups: Sequence[Group], name: str) -> Table:
         return lambda group: cell(group) if group.is_comparable else otherwise
 
     def off(key: str, papers: Any, *, is_bound: bool) -> Any:
-        def cell(group: Group) -> Cell:
-            ours = group.mean_at_target(key) if group.reached else None
-            return cells.deviation(ours, papers(group.method), is_bound)
+        ours = lambda group: group.mean_at_target(key) if group.reached else None
+        return beside(lambda g: cells.deviation(ours(g), papers(g.method), is_bound))
 
-        return beside(cell)
-
-    papers_uploads = paper.MNIST_UPLOADS.__getitem__
-    logged = lambda group: cells.mean_sd(Spread(*paper.AUTHORS_UPLOADS[group.method]))
+    papers_uploads, papers_bits = paper.MNIST_UPLOADS.__getitem__, paper.mnist_bits
+    bits_cell = lambda value: Cell(cells.scientific(value), value)
+    shown_uploads = beside(lambda g: cells.count(papers_uploads(g.method)), "not comparable")
+    shown_bits = beside(lambda g: bits_cell(papers_bits(g.method)), "not comparable")
+    logged = beside(lambda g: cells.mean_sd(Spread(*paper.AUTHORS_UPLOADS[g.method])))
     logged_mean = lambda method: paper.AUTHORS_UPLOADS[method][0]
-    papers_bits = lambda group: Cell(
-        cells.scientific(paper.mnist_bits(group.method)), paper.mnist_bits(group.method)
-    )
     is_comparable = any(group.is_comparable for group in groups)
     logs = [
-        number("authors’ logs", beside(logged), uploads),
+        number("authors’ logs", logged, uploads),
         number("deviation from logs", off("uploads", logged_mean, is_bound=False), uploads),
     ]
     columns = [
         text("method", lambda group: group.label),
         number("seeds at target", cells.reached),
-        number(
-            "paper",
-            beside(lambda g: cells.count(papers_uploads(g.method)), "not comparable"),
-            uploads,
-        ),
+        number("paper", shown_uploads, uploads),
         number("ours", at_target("uploads"), uploads),
         number("deviation", off("uploads", papers_uploads, is_bound=True), uploads),
         *(logs if is_comparable else []),
-        number("paper", beside(papers_bits, "not comparable"), bits),
+        number("paper", shown_bits, bits),
         number("ours", at_target("paper_uplink_bits", text=cells.scientific), bits),
-        number("deviation", off("paper_uplink_bits", paper.mnist_bits, is_bound=True), bits),
+        number("deviation", off("paper_uplink_bits", papers_bits, is_bound=True), bits),
     ]
     density, tolerance = percent(paper.DENSITY, 0), percent(paper.UPLOADS_TOLERANCE, 0)
     authors = words("table2-papers.authors", paper=paper, density=density, tolerance=tolerance)
@@ -88,7 +69,7 @@ def _papers_table(groups: Sequence[Group], name: str) -> Table:
         words("table2-papers.ours", every=groups[0].config["evaluate_every"]),
         authors if is_comparable else words("table2-papers.no-cell"),
     ]
-    return Table(f"table2-{name}", words("table2-papers.caption"), columns, groups, notes)
+    return Table(f"table2-{name}", columns, groups, notes, key="table2-papers")
 
 
 def _honest_table(groups: Sequence[Group], name: str) -> Table:
@@ -97,19 +78,15 @@ def _honest_table(groups: Sequence[Group], name: str) -> Table:
     sgd = next((group for group in groups if group.method == "sgd"), None)
 
     def moved(*keys: str) -> Any:
-        def cell(group: Group) -> Cell | str:
-            return cells.bytes_cell(group.mean_at_target(*keys)) if group.reached else NOTHING
-
-        return cell
+        size = lambda group: cells.bytes_cell(group.mean_at_target(*keys))
+        return lambda group: size(group) if group.reached else NOTHING
 
     def of_sgd(*keys: str) -> Any:
-        def cell(group: Group) -> Cell | str:
-            if sgd is None or not (group.reached and sgd.reached):
-                return NOTHING
-            ratio = group.mean_at_target(*keys) / sgd.mean_at_target(*keys)
-            return cells.share_cell(ratio, group is sgd)
-
-        return cell
+        if sgd is None or not sgd.reached:
+            return lambda group: NOTHING
+        base = sgd.mean_at_target(*keys)
+        ratio = lambda group: cells.share_cell(group.mean_at_target(*keys) / base, group is sgd)
+        return lambda group: ratio(group) if group.reached else NOTHING
 
     state = lambda group: cells.bytes_cell(group.in_the_end("model_state_bytes").mean)
     has_state = any(record["model_state_bytes"] for g in groups for record in g.records)
@@ -127,7 +104,7 @@ def _honest_table(groups: Sequence[Group], name: str) -> Table:
     ]
     notes = [words("table2-bytes.up-and-down")]
     notes += [words("table2-bytes.model-state")] if has_state else []
-    return Table(f"table2-{name}-bytes", words("table2-bytes.caption"), columns, groups, notes)
+    return Table(f"table2-{name}-bytes", columns, groups, notes, key="table2-bytes")
 
 
 def figure2(results: Results, names: Sequence[str], files: pathlib.Path) -> Section:
@@ -155,7 +132,7 @@ def figure4(results: Results, verdicts: Sequence[Verdict], files: pathlib.Path) 
     bands = {id(group): _band(group, "test_accuracy") for group in groups}
     panels = []
     for density in densities:
-        path, here = files / f"figure4-density{density:g}.png", f"{100 * density:g}\u00a0%"
+        path, here = files / f"figure4-density{density:g}.png", cells.density_label(density)
         plot_bands(
             [bands[id(group)] for group in groups if group.density == density],
             path,
@@ -166,19 +143,19 @@ def figure4(results: Results, verdicts: Sequence[Verdict], files: pathlib.Path) 
             target=target,
         )
         alt = f"{label}, density {here}: test accuracy against uploads for Sparse and SASG."
-        panels.append(Panel(path, alt))
+        panels.append(page.Panel(path, alt))
     _write_curves(files / "figure4.csv", groups)
-    section.figures.append(Figure("figure4", words("figure4.caption", label=label), panels))
+    section.figures.append(page.Figure("figure4", words("figure4.caption", label=label), panels))
     section.figures += _uploads_by_density(groups, files)
     columns = [
-        text("density and method", lambda g: f"{100 * (g.density or 1):g}\u00a0%, {g.label}"),
+        text("density and method", lambda g: f"{cells.density_label(g.density)}, {g.label}"),
         number("seeds at target", cells.reached),
         number("uploads to the target", at_target("uploads")),
         number("rounds", at_target("iterations")),
         number("final accuracy", cells.final_accuracy),
     ]
-    caption, notes = words("figure4.table-caption"), [words("figure4.table-note")]
-    section.tables.append(Table("figure4-table", caption, columns, groups, notes))
+    notes = [words("figure4-table.note")]
+    section.tables.append(Table("figure4-table", columns, groups, notes))
     return section
 
 
@@ -198,7 +175,7 @@ def figure5(results: Results, verdicts: Sequence[Verdict], files: pathlib.Path) 
     return section
 
 
-def _uploads_by_density(groups: Sequence[Group], files: pathlib.Path) -> list[Figure]:
+def _uploads_by_density(groups: Sequence[Group], files: pathlib.Path) -> list[page.Figure]:
     """Uploads to the target against density; nothing where no run reached it."""
     bands, rows = [], []
     for method in ("sparse", "sasg"):
@@ -225,12 +202,12 @@ def _uploads_by_density(groups: Sequence[Group], files: pathlib.Path) -> list[Fi
         marker="o",
     )
     header = ["method", "density", "seeds at target", "uploads mean", "min", "max"]
-    write_csv(path.with_suffix(".csv"), header, rows)
-    panel = Panel(path, f"{label}: uploads to {target} against density for Sparse and SASG.")
-    return [Figure(path.stem, f"{label}: uploads to {target} against density.", [panel])]
+    page.write_csv(path.with_suffix(".csv"), header, rows)
+    panel = page.Panel(path, f"{label}: uploads to {target} against density for Sparse and SASG.")
+    return [page.Figure(path.stem, f"{label}: uploads to {target} against density.", [panel])]
 
 
-def _curves(groups: Sequence[Group], name: str, files: pathlib.Path) -> Figure:
+def _curves(groups: Sequence[Group], name: str, files: pathlib.Path) -> page.Figure:
     """Two panels, accuracy and loss, and their CSV."""
     label, target = data_label(groups), groups[0].config["target_accuracy"]
     who = ", ".join(group.label for group in groups)
@@ -250,21 +227,20 @@ def _curves(groups: Sequence[Group], name: str, files: pathlib.Path) -> Figure:
             target=target if is_accuracy else None,
         )
         alt = f"{label}: {what} against uploads for {who}; mean and range over seeds."
-        panels.append(Panel(path, alt))
+        panels.append(page.Panel(path, alt))
     _write_curves(files / f"{name}.csv", groups)
     counts = {len(group.records) for group in groups}
     seeds = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
     caption = f"{label}, {seeds} seed{'' if counts == {1} else 's'} for each method."
-    return Figure(name, caption, panels)
+    return page.Figure(name, caption, panels)
 
 
 def _band(group: Group, key: str) -> Band:
     """Of one field of the curve over seeds, against the mean of uploads at the same round."""
     points = _points(group)
     uploads = [float(np.mean([point["uploads"] for point in at_round])) for at_round in points]
-    return Band.over(
-        group.method, uploads, [[point[key] for point in at_round] for at_round in points]
-    )
+    values = [[point[key] for point in at_round] for at_round in points]
+    return Band.over(group.method, uploads, values)
 
 
 def _points(group: Group) -> list[tuple[dict[str, Any], ...]]:
@@ -279,12 +255,8 @@ def _write_curves(path: pathlib.Path, groups: Sequence[Group]) -> None:
     for group in groups:
         for at_round in _points(group):
             values = [[point[key] for point in at_round] for key in keys]
-            rows.append(
-                [
-                    *(group.method, "" if group.density is None else group.density),
-                    *(len(at_round), at_round[0]["iteration"]),
-                    *(take(of_key) for of_key in values for take in statistics.values()),
-                ]
-            )
+            found = [take(of_key) for of_key in values for take in statistics.values()]
+            density = "" if group.density is None else group.density
+            rows.append([group.method, density, len(at_round), at_round[0]["iteration"], *found])
     header = [f"{key} {name}" for key in keys for name in statistics]
-    write_csv(path, ["method", "density", "seeds", "round", *header], rows)
+    page.write_csv(path, ["method", "density", "seeds", "round", *header], rows)

@@ -83,10 +83,8 @@ def start_hosts(
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     environment["XLA_FLAGS"] = ""  # one device on each host
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command, root = (
-        [sys.executable, "-m", "experiments.wire.worker"],
-        pathlib.Path(__file__).parents[2],
-    )
+    command = [sys.executable, "-m", "experiments.wire.worker"]
+    root = pathlib.Path(__file__).parents[2]
     processes, logs = [], []
     with contextlib.ExitStack() as stack:
         for host in range(count):

@@ -161,27 +161,17 @@ class Measurement:
     hosts: int
     rounds: int
     uploads_per_round: float
-    message_bytes: int
-    """One upload, as the ledger counts it."""
-    ledger_sent: list[float]
-    """By host: what the ledger says that it sends in a round."""
+    message_bytes: int  # one upload, as the ledger counts it
+    ledger_sent: list[float]  # by host: what the ledger says that it sends in a round
     ledger_received: list[float]
-    kernel_sent: list[float] | None
-    """By host: what its interface counted, all headers and acknowledgements included."""
+    kernel_sent: list[float] | None  # by host, all headers and acknowledgements included
     kernel_received: list[float] | None
-    kernel_total: float
-    """Sent by all hosts in a round."""
-    round_ms: float | None
-    """Median of whole rounds, from the common start to the last end on any host."""
-    communication_ms: float
-    """Median of the exchange alone, with the same workers uploading; if it is short, of several
-    on end."""
-    worker_state_bytes: int
-    """Residual, stale parameters and counters of one worker."""
-    server_state_bytes: int
-    """Last messages, history and residual of the way down, on each device."""
-    by_round: list[dict[str, Any]]
-    """Who uploaded, and the kernel's bytes of each host."""
+    kernel_total: float  # sent by all hosts in a round
+    round_ms: float | None  # median of whole rounds, from the common start to the last end
+    communication_ms: float  # median of the exchange alone, with the same workers uploading
+    worker_state_bytes: int  # residual, stale parameters and counters of one worker
+    server_state_bytes: int  # last messages, history and residual of the way down, on each device
+    by_round: list[dict[str, Any]]  # who uploaded, and the kernel's bytes of each host
 
     def of_a_worker(self, by_host: Sequence[float]) -> float:
         """The mean over workers, without worker 0 where it is the server."""

@@ -11,6 +11,7 @@ which waits at a pipe that only the owner of the network holds open. However the
 that host and removes links, addresses and mounts.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -93,15 +94,11 @@ class Network:
     Host i has the address ``addresses[i]`` and the name ``host<i>``. Hosts know each other's names,
     and their own as that address: it is the one that Gloo (``jax.distributed`` on CPUs) binds.
 
-    Args:
-      hosts: how many, from 1 to 250.
-      rate: of every link, in each of its two directions: a number with ``kbit``, ``mbit`` or
-        ``gbit``, from 100kbit to 100gbit. It is kept to by what a wire would carry, all headers
-        included. After a pause a link passes 1 ms' worth (at least two packets) at once; of what
-        waits for it, all over 100 ms' worth (at least 64 kB) is dropped, as a switch does when
-        several hosts send to one.
-      delay: what a packet takes from one host to another, beside the time that the rate gives: a
-        number with ``us``, ``ms`` or ``s``, up to 10s. Needs the kernel's netem.
+    The rate of a link, in each of its two directions, is kept to by what a wire would carry, all
+    headers included. After a pause a link passes 1 ms' worth (at least two packets) at once; of
+    what waits for it, all over 100 ms' worth (at least 64 kB) is dropped, as a switch does when
+    several hosts send to one. A packet takes the delay from one host to another, beside the time
+    that the rate gives.
 
     Counted are the bytes of Ethernet frames at the host's end of its link. So n bytes over TCP are
     counted as n, with 14 + 20 + 32 bytes of headers (Ethernet, IP, TCP) for each segment; the
@@ -145,13 +142,7 @@ class Network:
         self._end.close()
 
     def popen(
-        self,
-        host: int,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] = ".",
-        **options: Any,
+        self, host: int, argv: Sequence[str], *, env: Any = None, cwd: Any = ".", **options: Any
     ) -> subprocess.Popen:
         """Starts a program on a host; as :class:`subprocess.Popen`, whose options it takes.
 
@@ -175,10 +166,7 @@ class Network:
 
     def counters(self) -> list[Counters]:
         """What has crossed each host's link since the network was made."""
-        counters = []
-        for first in self._first:
-            counters.append(read_counters(f"/proc/{first}/net/dev", "eth0"))
-        return counters
+        return [read_counters(f"/proc/{first}/net/dev", "eth0") for first in self._first]
 
     def _build(self, stack: contextlib.ExitStack) -> None:
         hosts = range(len(self.addresses))
@@ -222,15 +210,10 @@ class Network:
 def _start_first(name: str, hosts_file: str, stack: contextlib.ExitStack) -> subprocess.Popen[str]:
     """Starts the first process of a host, which the stack waits for."""
     namespaces = ["unshare", *_NAMESPACES, "--pid", "--kill-child", "--mount-proc"]
-    process = subprocess.Popen(
-        [*namespaces, "sh", "-ec", _FIRST_PROCESS, "sh", name, hosts_file],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # out of reach of Ctrl-C
-    )
-    return stack.enter_context(process)
+    command = [*namespaces, "sh", "-ec", _FIRST_PROCESS, "sh", name, hosts_file]
+    how: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    how |= {"text": True, "start_new_session": True}  # out of reach of Ctrl-C
+    return stack.enter_context(subprocess.Popen(command, **how))
 
 
 def _end_first(process: subprocess.Popen[str]) -> None:
@@ -340,21 +323,18 @@ def main(arguments: list[str] | None = None) -> None:
 def run(network: Network, command: Sequence[str]) -> tuple[int, list[Counters]]:
     """Makes the network, runs the command on every host, and prints "[host i]" and what it says.
 
-    Returns:
-      The first exit status that is not 0, or 0, and the counters of all hosts. After a failure the
-      other hosts' commands get SIGTERM, and 5 seconds.
+    Returns the first exit status that is not 0, or 0, and the counters of all hosts. After a
+    failure the other hosts' commands get SIGTERM, and 5 seconds.
     """
     running: dict[int, subprocess.Popen[str]] = {}
-    readers: list[threading.Thread] = []
     status, deadline = 0, float("inf")
-    with network:
-        for host in range(len(network.addresses)):
-            output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            text = {"text": True, "errors": "replace"}
-            process = network.popen(host, command, stdin=subprocess.DEVNULL, **output, **text)
-            for lines, to in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-                readers.append(threading.Thread(target=_pass_on, args=(host, lines, to)))
-                readers[-1].start()
+    hosts, pipe = range(len(network.addresses)), subprocess.PIPE
+    with concurrent.futures.ThreadPoolExecutor(2 * len(hosts)) as readers, network:
+        for host in hosts:
+            how = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
+            process = network.popen(host, command, **how, text=True, errors="replace")
+            readers.submit(_pass_on, host, process.stdout, sys.stdout)
+            readers.submit(_pass_on, host, process.stderr, sys.stderr)
             running[host] = process
         while running and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -367,13 +347,10 @@ def run(network: Network, command: Sequence[str]) -> tuple[int, list[Counters]]:
                 print(f"host {host} has ended with status {status}", file=sys.stderr)
                 for process in running.values():
                     os.killpg(process.pid, signal.SIGTERM)
-        counters = network.counters()
-    for reader in readers:
-        reader.join()
-    return status, counters
+        return status, network.counters()
 
 
-def _pass_on(host: int, lines: IO[str], to: IO[str]) -> None:
+def _pass_on(host: int, lines: Any, to: IO[str]) -> None:
     with lines:
         for line in lines:
             with _PRINTING:

@@ -13,7 +13,7 @@ import optax
 import sasg_jax
 from experiments.configs import CONFIGS, Config
 from experiments.methods import METHODS, PAPER_METHODS, make_optimizer
-from experiments.studies.bench.timing import Row, interleave, rows, times_as_long, torch
+from experiments.studies.bench.timing import Row, interleave, row, times_as_long, torch
 from experiments.training.train import chunk_size
 
 Calls = Sequence[tuple[jax.Array, jax.Array]]
@@ -50,7 +50,11 @@ def _measure_where(how: str, repeats: int) -> list[Row]:
     notes = {name: f"{loop.fraction():.0%} upload" for name, loop in loops.items()}
     if "SASG, PyTorch loop" in notes:
         notes["SASG, PyTorch loop"] += f", {times_as_long(seconds, 'SASG, PyTorch loop', 'SASG')}"
-    return rows(f"round of MNIST-FC, {how}", seconds, "floor", notes, per=_ROUNDS_PER_CALL)
+    floor, per = seconds["floor"], _ROUNDS_PER_CALL
+    return [
+        row(f"round of MNIST-FC, {how}", name, times, floor, notes.get(name, ""), per)
+        for name, times in seconds.items()
+    ]
 
 
 def examples(

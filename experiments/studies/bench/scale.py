@@ -1,7 +1,6 @@
 """What many workers and many parameters take, in time and memory."""
 
 import dataclasses
-import statistics
 import time
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import sasg_jax
 from experiments.configs import CONFIGS
 from experiments.studies.bench import rounds
-from experiments.studies.bench.timing import Row, gibibytes, in_a_process, peak_bytes
+from experiments.studies.bench.timing import Row, gibibytes, in_a_process, peak_bytes, row
 
 WORKERS = (100, 1000)
 PARAMETERS = 100_000_000
@@ -20,17 +19,10 @@ PARAMETERS = 100_000_000
 def measure_workers(repeats: int) -> list[Row]:
     """Time for each worker in a round of SASG, beside that of the fewest workers."""
     found = {count: in_a_process(many_workers, count, repeats) for count in WORKERS}
-    floor = statistics.median(found[WORKERS[0]][0]) / WORKERS[0]
-    part = "SASG round of MNIST-FC, per worker"
-    return [
-        Row.of(
-            *(part, f"{count:,} workers", seconds),
-            floor=floor,
-            per=count,
-            note=f"peak memory {gibibytes(peak)}",
-        )
-        for count, (seconds, peak) in found.items()
-    ]
+    per_worker = {count: [s / count for s in seconds] for count, (seconds, _) in found.items()}
+    part, floor = "SASG round of MNIST-FC, per worker", per_worker[WORKERS[0]]
+    notes = {count: f"peak memory {gibibytes(peak)}" for count, (_, peak) in found.items()}
+    return [row(part, f"{n:,} workers", per_worker[n], floor, notes[n]) for n in WORKERS]
 
 
 def many_workers(count: int, repeats: int) -> tuple[list[float], int]:
@@ -56,7 +48,8 @@ def measure_parameters(repeats: int) -> list[Row]:
         f"{needed / (4 * PARAMETERS):.1f} arrays of that size by the compiler's count; peak memory "
         f"of the process {gibibytes(peak)}"
     )
-    return [Row.of("SASG step of one worker", f"{PARAMETERS:,} parameters", seconds, note=note)]
+    case = f"{PARAMETERS:,} parameters"
+    return [row("SASG step of one worker", case, seconds, floor=seconds, note=note)]
 
 
 def many_parameters(size: int, repeats: int) -> tuple[list[float], int, int]:

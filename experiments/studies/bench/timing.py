@@ -12,8 +12,6 @@ from typing import Any
 import rich.box
 import rich.table
 
-_NOTE_WIDTH = 22  # of a terminal of 80 columns
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -21,28 +19,11 @@ class Row:
 
     part: str
     case: str
-    seconds: float
-    """Median."""
+    seconds: float  # median
     low: float
     high: float
     floor: float
     note: str = ""
-
-    @classmethod
-    def of(
-        cls,
-        part: str,
-        case: str,
-        seconds: Sequence[float],
-        *,
-        floor: float | None = None,
-        per: float = 1,
-        note: str = "",
-    ) -> "Row":
-        """``per`` is how many rounds, say, each time is of; without a floor it is its own."""
-        median = statistics.median(seconds) / per
-        low, high = min(seconds) / per, max(seconds) / per
-        return cls(part, case, median, low, high, median if floor is None else floor, note)
 
     @property
     def ratio(self) -> float:
@@ -62,19 +43,11 @@ def interleave(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     return seconds
 
 
-def rows(
-    part: str,
-    seconds: Mapping[str, Sequence[float]],
-    floor: str,
-    notes: Mapping[str, str],
-    per: float = 1,
-) -> list[Row]:
-    """A row for each case, beside one of them."""
-    least = statistics.median(seconds[floor]) / per
-    return [
-        Row.of(part, case, times, floor=least, per=per, note=notes.get(case, ""))
-        for case, times in seconds.items()
-    ]
+def row(part: str, case: str, seconds: Any, floor: Any, note: str = "", per: float = 1) -> Row:
+    """``per`` is how many rounds, say, each time of a case and of its floor is of."""
+    low, high = min(seconds) / per, max(seconds) / per
+    median, least = statistics.median(seconds) / per, statistics.median(floor) / per
+    return Row(part, case, median, low, high, least, note)
 
 
 def times_as_long(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> str:
@@ -85,26 +58,15 @@ def times_as_long(seconds: Mapping[str, Sequence[float]], name: str, other: str)
 
 def table(title: str, shown: Sequence[Row]) -> rich.table.Table:
     """The rows of one part, for a terminal: medians, the range, and how far above the floor."""
-    long = [f"{row.case}: {row.note}" for row in shown if len(row.note) > _NOTE_WIDTH]
-    result = rich.table.Table(
-        title=title,
-        title_justify="left",
-        caption="\n".join(long),
-        caption_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-    )
+    result = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     result.add_column("Case", no_wrap=True)
     for heading in ("Median", "Range", "× floor"):
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("")
     for row in shown:
-        result.add_row(
-            row.case,
-            _milliseconds(row.seconds),
-            f"{_milliseconds(row.low)} – {_milliseconds(row.high)}",
-            f"{row.ratio:.2f}",
-            row.note if len(row.note) <= _NOTE_WIDTH else "below",
-        )
+        low, high = _milliseconds(row.low), _milliseconds(row.high)
+        times = _milliseconds(row.seconds), f"{low} – {high}", f"{row.ratio:.2f}"
+        result.add_row(row.case, *times, row.note)
     return result
 
 

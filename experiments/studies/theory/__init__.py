@@ -32,25 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.methods import PAPER_METHODS
-from experiments.studies.theory import checks
-from experiments.studies.theory.problems import (
-    DIMENSION,
-    EXAMPLES,
-    describe,
-    equal_gradients,
-    logistic_regression,
-    ridge_regression,
-)
-from experiments.studies.theory.runs import (
-    BATCH_SIZE,
-    DENSITY,
-    HISTORY,
-    MAX_STALENESS,
-    NUM_WORKERS,
-    Run,
-    vary_rounds,
-    vary_workers,
-)
+from experiments.studies.theory import checks, problems, runs
 
 
 class Scale(NamedTuple):
@@ -72,63 +54,45 @@ def measure(
     scale: Scale = FULL,
     on_step: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Measures everything.
+    """Measures everything, with these seeds of the workers' batches.
 
-    Args:
-      seeds: of the workers' batches; the problems are always the same.
-      scale: how much is run.
-      on_step: is told what was measured, and how many of how many such parts are done.
-
-    Returns:
-      A dictionary of what JSON knows: ``settings``; ``checks``, each with ``measured``, ``bound``,
-      ``relation``, the absolute ``tolerance`` and whether it ``holds``; ``rate`` and ``workers``,
-      for each problem and method the averaged squared gradient norm (``mean``, ``min`` and ``max``
-      over seeds) against ``T`` and ``M``, with the ``slope`` of the logarithms.
+    ``on_step`` is told what was measured, and how many of how many such parts are done. Returns a
+    dictionary of what JSON knows: ``settings``; ``checks``; ``rate`` and ``workers``, for each
+    problem and method the curve against ``T`` and ``M`` (:mod:`experiments.studies.theory.checks`).
     """
-    problems = ridge_regression(), logistic_regression()
-    pairs = [(problem, method) for problem in problems for method in scale.methods]
-    M, T = scale.workers, scale.rounds
-    parts = [
-        *((", against T", vary_rounds, *pair, T, {}) for pair in pairs),
-        *(
-            (", against M", vary_workers, *pair, M, {"rounds": scale.workers_rounds})
-            for pair in pairs
-        ),
-        ("", vary_rounds, equal_gradients(), "sparse", T[:1], {}),
-    ]
-    families: list[list[Run]] = []
-    for along, vary, problem, method, values, how in parts:
-        families.append(vary(problem, method, values, seeds, **how))
-        on_step(f"{method}, {problem.name}{along}", len(families), len(parts))
-
-    rates = [checks.curve(runs, "T") for runs in families[: len(pairs)]]
-    workers = [checks.curve(runs, "M") for runs in families[len(pairs) : 2 * len(pairs)]]
+    both = problems.ridge_regression(), problems.logistic_regression()
+    pairs = [(problem, method) for problem in both for method in scale.methods]
+    found, rates, workers = [], [], []
+    for done, (problem, method) in enumerate(pairs, 1):
+        along_T = runs.by_rounds(problem, scale.rounds)
+        along_M = runs.by_workers(problem, scale.workers, scale.workers_rounds)
+        made = runs.make(problem, method, along_T + along_M, seeds)
+        rates.append(checks.curve(made[: len(along_T)], "T"))
+        workers.append(checks.curve(made[len(along_T) :], "M"))
+        found += made
+        on_step(f"{method}, {problem.name}", done, len(pairs))
+    hardest = problems.equal_gradients()
+    found += runs.make(hardest, "sparse", runs.by_rounds(hardest, scale.rounds[:1]), seeds)
+    rate = {"rounds": list(scale.rounds), "workers": runs.NUM_WORKERS}
+    speed_up = {"rounds": scale.workers_rounds, "workers": list(scale.workers)}
     return {
         "settings": {
             "seeds": list(seeds),
-            "dimension": DIMENSION,
-            "examples": EXAMPLES,
-            "batch_size": BATCH_SIZE,
-            "density": DENSITY,
-            "max_staleness": MAX_STALENESS,
-            "history": HISTORY,
+            "dimension": problems.DIMENSION,
+            "examples": problems.EXAMPLES,
+            "batch_size": runs.BATCH_SIZE,
+            "density": runs.DENSITY,
+            "max_staleness": runs.MAX_STALENESS,
+            "history": runs.HISTORY,
             "alpha": "0.5·M/γ",
-            "rate": {
-                "rounds": list(scale.rounds),
-                "workers": NUM_WORKERS,
-                "learning_rate": "c/√T",
-            },
-            "workers": {
-                "rounds": scale.workers_rounds,
-                "workers": list(scale.workers),
-                "learning_rate": "c/2·√(M/T)",
-            },
-            "problems": {problem.name: describe(problem) for problem in problems},
+            "rate": {**rate, "learning_rate": "c/√T"},
+            "workers": {**speed_up, "learning_rate": "c/2·√(M/T)"},
+            "problems": {problem.name: problems.describe(problem) for problem in both},
             "tolerances": checks.TOLERANCES,
         },
         "checks": [
             checks.hard_vectors_check(),
-            *checks.constant_checks([run for runs in families for run in runs]),
+            *checks.constant_checks(found),
             *checks.rate_checks(rates),
             *checks.workers_checks(workers),
         ],

@@ -49,51 +49,28 @@ def constant_checks(runs: Sequence[Run]) -> list[Check]:
 
 
 def _constants(problem: str, method: str, runs: Sequence[Run]) -> Iterator[Check]:
-    sparse, adaptive = METHODS[method].sparse, METHODS[method].alpha
-
-    def check(source, quantity, measured, bound, **how):
-        values = [np.max(measured(run.observed, run)) for run in runs]
-        return _check(source, problem, method, quantity, max(values), bound, **how)
-
+    sparse, adaptive, of = METHODS[method].sparse, METHODS[method].alpha, (problem, method)
+    largest = lambda measure: max(np.max(measure(run.observed, run)) for run in runs)
     if sparse and adaptive:
-        yield check(
-            "Lemma 1",
-            "largest ‖p − C(p)‖² / ‖p‖² against 1 − δ",
-            lambda seen, run: seen.compression,
-            1 - DENSITY,
-            tolerance=COMPRESSION_TOLERANCE,
-        )
+        quantity = "largest ‖p − C(p)‖² / ‖p‖² against 1 − δ"
+        measured, tolerance = largest(lambda seen, run: seen.compression), COMPRESSION_TOLERANCE
+        yield _check("Lemma 1", *of, quantity, measured, 1 - DENSITY, tolerance=tolerance)
     if sparse:
-        yield check(
-            "Lemma 2",
-            "largest ‖e‖² / (γ² G²) against 4(1 − δ)/δ²",
-            lambda seen, run: seen.residual / seen.stochastic / run.learning_rate**2,
-            4 * (1 - DENSITY) / DENSITY**2,
-        )
-    yield check(
-        "equation (16)",
-        "largest defect of the step of v, relative to what is added up",
-        lambda seen, run: seen.auxiliary,
-        0,
-        tolerance=AUXILIARY_TOLERANCE,
-    )
+        quantity = "largest ‖e‖² / (γ² G²) against 4(1 − δ)/δ²"
+        measured = largest(lambda seen, run: seen.residual / seen.stochastic / run.learning_rate**2)
+        yield _check("Lemma 2", *of, quantity, measured, 4 * (1 - DENSITY) / DENSITY**2)
+    quantity = "largest defect of the step of v, relative to what is added up"
+    measured = largest(lambda seen, run: seen.auxiliary)
+    yield _check("equation (16)", *of, quantity, measured, 0, tolerance=AUXILIARY_TOLERANCE)
     if adaptive:
-        yield check(
-            "Assumption of smoothness",
-            "largest ‖g − g'‖² / (L² ‖w_t − w_s‖²)",
-            lambda seen, run: seen.innovation / run.problem.smoothness**2,
-            1,
-        )
+        quantity = "largest ‖g − g'‖² / (L² ‖w_t − w_s‖²)"
+        measured = largest(lambda seen, run: seen.innovation / run.problem.smoothness**2)
+        yield _check("Assumption of smoothness", *of, quantity, measured, 1)
         longest = max(runs, key=lambda run: run.rounds)
-        yield _check(
-            "Assumption of smoothness",
-            problem,
-            method,
-            f"part of the uploads made that rule (6) may skip, T = {longest.rounds:,}",
-            longest.observed.free_uploads.sum() / longest.observed.free.sum(),
-            MOST_FREE_UPLOADS,
-            name="upload rule",
-        )
+        quantity = f"part of the uploads made that rule (6) may skip, T = {longest.rounds:,}"
+        measured = longest.observed.free_uploads.sum() / longest.observed.free.sum()
+        bound, name = MOST_FREE_UPLOADS, "upload rule"
+        yield _check("Assumption of smoothness", *of, quantity, measured, bound, name=name)
 
 
 def rate_checks(curves: Sequence[Curve]) -> list[Check]:
@@ -103,9 +80,9 @@ def rate_checks(curves: Sequence[Curve]) -> list[Check]:
     quantity = "largest multiple of SGD's averaged ‖∇f‖² at the same T"
     for (problem, method), mean in means.items():
         if method != "sgd" and (problem, "sgd") in means:
-            multiple = np.max(mean / means[problem, "sgd"])
-            how = {"bound": MAX_STALENESS, "name": "multiple of SGD"}
-            checks.append(_check("Theorem 1", problem, method, quantity, multiple, **how))
+            multiple, name = np.max(mean / means[problem, "sgd"]), "multiple of SGD"
+            given = problem, method, quantity, multiple, MAX_STALENESS
+            checks.append(_check("Theorem 1", *given, name=name))
     return checks
 
 
@@ -117,9 +94,7 @@ def workers_checks(curves: Sequence[Curve]) -> list[Check]:
 def curve(runs: Sequence[Run], along: str) -> Curve:
     """One problem's and method's averaged squared gradient norm against ``"T"`` or ``"M"``.
 
-    Returns:
-      A dictionary of what JSON knows. ``slope`` is that of the line fitted to the logarithms of
-      ``mean`` and of the values along.
+    ``slope`` is that of the line fitted to the logarithms of ``mean`` and of the values along.
     """
     values = [run.rounds if along == "T" else run.num_workers for run in runs]
     seeds = np.array([run.observed.gradient for run in runs], np.float64)
@@ -140,30 +115,14 @@ def curve(runs: Sequence[Run], along: str) -> Curve:
 
 
 def _slope_check(source: str, along: str, curve: Curve) -> Check:
-    return _check(
-        source,
-        curve["problem"],
-        curve["method"],
-        f"slope of log averaged ‖∇f‖² against log {along}",
-        curve["slope"],
-        -0.5,
-        relation="within" if curve["method"] == "sgd" else "<=",
-        tolerance=SLOPE_TOLERANCE,
-        name=f"slope against {along}",
-    )
+    quantity, name = f"slope of log averaged ‖∇f‖² against log {along}", f"slope against {along}"
+    relation = "within" if curve["method"] == "sgd" else "<="
+    given = curve["problem"], curve["method"], quantity, curve["slope"], -0.5
+    return _check(source, *given, relation=relation, tolerance=SLOPE_TOLERANCE, name=name)
 
 
 def _check(
-    source: str,
-    problem: str,
-    method: str,
-    quantity: str,
-    measured: Any,
-    bound: float,
-    *,
-    relation: str = "<=",
-    tolerance: float = 0.0,
-    name: str | None = None,
+    source, problem, method, quantity, measured, bound, *, relation="<=", tolerance=0.0, name=None
 ) -> Check:
     above = float(measured) - bound
     return {

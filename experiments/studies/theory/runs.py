@@ -45,28 +45,28 @@ class Run(NamedTuple):
     observed: Observations  # of arrays, shape=(seeds,)
 
 
-def vary_rounds(
-    problem: Problem, method: str, rounds: Sequence[int], seeds: Sequence[int], **how: Any
-) -> list[Run]:
-    """Theorem 1's runs: γ = c/√T for every T of ``rounds``. ``how`` is for :func:`watch`."""
-    watched = watch(problem, method, NUM_WORKERS, **how)
-    shape = problem, method, NUM_WORKERS
-    return [_run(watched, *shape, T, problem.rate / T**0.5, seeds) for T in rounds]
+Plan = list[tuple[int, int, float]]
+"""The number of workers M, the number of rounds T and the learning rate γ of each run."""
 
 
-def vary_workers(
-    problem: Problem, method: str, workers: Sequence[int], seeds: Sequence[int], *, rounds: int
-) -> list[Run]:
+def by_rounds(problem: Problem, rounds: Sequence[int]) -> Plan:
+    """Theorem 1's runs: γ = c/√T for every T of ``rounds``."""
+    return [(NUM_WORKERS, T, problem.rate / T**0.5) for T in rounds]
+
+
+def by_workers(problem: Problem, workers: Sequence[int], rounds: int) -> Plan:
     """Remark 1's runs: γ = (c/2) √(M/T) for every M of ``workers``."""
-    rate = lambda M: problem.rate / 2 * (M / rounds) ** 0.5
+    return [(M, rounds, problem.rate / 2 * (M / rounds) ** 0.5) for M in workers]
+
+
+def make(problem: Problem, method: str, plan: Plan, seeds: Sequence[int], **how: Any) -> list[Run]:
+    """``how`` is for :func:`watch`."""
+    watched = {M: watch(problem, method, M, **how) for M, _, _ in plan}
+    seen = [watched[M](rate, T, jnp.asarray(seeds)) for M, T, rate in plan]
     return [
-        _run(watch(problem, method, M), problem, method, M, rounds, rate(M), seeds) for M in workers
+        Run(problem, method, *setting, jax.tree.map(np.asarray, observed))
+        for setting, observed in zip(plan, seen, strict=True)
     ]
-
-
-def _run(watched, problem, method, num_workers, rounds, learning_rate, seeds) -> Run:
-    observed = jax.tree.map(np.asarray, watched(learning_rate, rounds, jnp.asarray(seeds)))
-    return Run(problem, method, num_workers, rounds, learning_rate, observed)
 
 
 def watch(
@@ -78,12 +78,8 @@ def watch(
 ) -> Callable[[Any, Any, jax.Array], Observations]:
     """Makes a jitted ``observations = watched(learning_rate, rounds, seeds)``, a run of each seed.
 
-    Args:
-      problem: what is minimised.
-      method: one of the paper's.
-      num_workers: M, a divisor of the number of examples.
-      stale_batch: the batch of the stale gradient, given that of the gradient. All but the same is
-        a broken method, for a test to see it found out.
+    ``stale_batch`` is the batch of the stale gradient, given that of the gradient. All but the same
+    is a broken method, for a test to see it found out.
     """
     features = problem.features.reshape(num_workers, -1, DIMENSION)
     targets = problem.targets.reshape(num_workers, -1)
