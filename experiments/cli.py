@@ -1,11 +1,13 @@
 """The command line: which command does what. What a command needs is imported in it."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import pathlib
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,13 @@ def _parse(options: type, given: Sequence[str]) -> Any:
     import tyro
 
     return tyro.cli(options, prog=f"python -m experiments {given[0]}", args=given[1:])
+
+
+def _make(out: pathlib.Path) -> pathlib.Path:
+    """Makes a folder for results, so that none is missed only after hours of work."""
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    return out
 
 
 def _train(given: Sequence[str]) -> None:
@@ -31,7 +40,7 @@ def _reproduce(given: Sequence[str]) -> None:
     from experiments.studies import reproduce
 
     options = _parse(reproduce.Reproduce, given)
-    with resumable(given, options.out):
+    with resumable(given, _make(options.out)):
         reproduce.work(options, given)
 
 
@@ -47,13 +56,17 @@ def _report(given: Sequence[str]) -> None:
 def _estimate(given: Sequence[str]) -> None:
     from experiments.studies import estimate
 
-    estimate.work(_parse(estimate.Estimate, given), given)
+    options = _parse(estimate.Estimate, given)
+    with resumable(given, _make(options.out)) if options.out else contextlib.nullcontext():
+        estimate.work(options, given)
 
 
 def _bench(given: Sequence[str]) -> None:
     from experiments.studies import bench
 
-    bench.work(_parse(bench.Bench, given), given)
+    options = _parse(bench.Bench, given)
+    _make(options.out)
+    bench.work(options, given)
 
 
 def _wire(given: Sequence[str]) -> None:
@@ -62,7 +75,7 @@ def _wire(given: Sequence[str]) -> None:
     options = _parse(measure.Wire, given)
     now = datetime.datetime.now()
     options.out = options.out or pathlib.Path("results") / f"wire-{now:%Y%m%d-%H%M%S}"
-    with resumable(given, options.out):
+    with resumable(given, _make(options.out)):
         measure.work(options, given)
 
 

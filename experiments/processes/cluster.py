@@ -68,14 +68,14 @@ def join(
     if coordinator is not None and count is not None and index is not None:
         group = meet(coordinator, count, index, purpose, timeout)
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
-    seconds = max(1, round(timeout))
-    jax.distributed.initialize(coordinator, count, index, initialization_timeout=seconds)
+    jax.distributed.initialize(coordinator, count, index, initialization_timeout=int(timeout) + 1)
     if group is None:
         group = Group(jax.process_index(), [""] * jax.process_count(), {})
         with socket.create_server(("", 0)) as server:
             mine = f"{socket.gethostname()}:{server.getsockname()[1]}"
         group = meet(group.gather(mine)[0], group.count, group.index, purpose, timeout)
     try:
+        group.gather()  # gloo, which connects at the first collective, waits 30 s then
         yield group
         group.gather()  # others may still compute or write
         group.leave()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments.training.records import ResultsError
 from sasg_jax import RoundInfo
 
 PyTree = Any
@@ -79,16 +80,17 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        arrays = _to_arrays(like)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(
-                    jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _to_arrays(like))
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore()
                 ),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
+            )
+        except Exception as error:  # there are as many kinds as there are kinds of files
+            where = self._manager.directory / str(step)
+            raise ResultsError(f"{where} is broken; without it the run begins anew.") from error
         content: dict[str, Any] = dict(restored["progress"])
         content["seconds"] = [tuple(entry) for entry in content["seconds"]]
         content["reports"] = list(map(_from_json, content["reports"]))

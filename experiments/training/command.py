@@ -4,8 +4,10 @@ import dataclasses
 import datetime
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 
 from experiments import data
@@ -20,7 +22,8 @@ from experiments.training import runs
 from experiments.training.records import Store
 from experiments.training.train import partition
 
-_OF_THE_CONFIGURATION = [field.name for field in dataclasses.fields(Config)]
+_LEAST = {"iterations": 1, "num_workers": 1, "width": 1}
+_LEAST |= {"seed": 0, "seeds": 0, "checkpoint_seconds": 0, "num_processes": 1}
 
 # What may differ between the processes of a run.
 _OWN = (
@@ -43,18 +46,10 @@ def work(options: Options, arguments: Sequence[str]) -> None:
 def check(options: Options, devices: int | None = None) -> None:
     """Raises ValueError for options that cannot be, before anything is started."""
     methods, seeds = _methods_and_seeds(options)
-    config = configure(options, devices)
     for name, values in (("--methods", methods), ("--seeds", seeds)):
         if not values or len(set(values)) != len(values):
             raise ValueError(f"Expected {name} to name one or more, each once, got {values}.")
-    if min(seeds) < 0:
-        raise ValueError(f"Expected seeds of at least 0, got {seeds}.")
-    if not options.connect_timeout > 0:
-        raise ValueError(f"Expected --connect-timeout={options.connect_timeout} to be above 0.")
-    if not options.checkpoint_seconds >= 0:
-        raise ValueError(
-            f"Expected --checkpoint-seconds={options.checkpoint_seconds} to be at least 0."
-        )
+    config = configure(options, devices)
     for method in methods:
         make_optimizer(config, method)  # refuses an exchange that it cannot take
 
@@ -64,25 +59,30 @@ def configure(options: Options, devices: int | None = None) -> Config:
 
     Over several processes, ``devices`` is how many they have, and each has a worker.
     """
-    given = {name: getattr(options, name, None) for name in _OF_THE_CONFIGURATION}
-    changes = {name: value for name, value in given.items() if value is not None}
-    for name in ("iterations", "width", "num_workers"):
-        if changes.get(name, 1) < 1:
-            option = f"--{name.replace('_', '-')}={changes[name]}"
-            raise ValueError(f"Expected {option} to be at least 1.")
-    if not 0 < changes.get("density", 1) <= 1:
-        raise ValueError(f"Expected --density={options.density} in (0, 1].")
-    if not 0 < changes.get("concentration", 1) < float("inf"):
-        raise ValueError(f"Expected --concentration={options.concentration} to be above 0.")
-    if devices is not None and changes.setdefault("num_workers", devices) != devices:
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    for name, least in _LEAST.items():
+        if name in given and not np.min(given[name]) >= least:
+            raise ValueError(f"Expected {_option(name, given[name])} to be at least {least}.")
+    for name in ("density", "concentration", "connect_timeout"):
+        if name in given and not 0 < given[name] < np.inf:
+            raise ValueError(f"Expected {_option(name, given[name])} to be above 0 and finite.")
+    if given.get("density", 0) > 1:
+        raise ValueError(f"Expected --density={options.density} to be at most 1.")
+    if devices is not None and given.setdefault("num_workers", devices) != devices:
         raise ValueError(
-            f"Expected --num-workers={options.num_workers} to be the number of devices of all "
-            f"processes, {devices}, or not to be given: each has one worker."
+            f"Expected {_option('num_workers', given['num_workers'])} to be the number of devices "
+            f"of all processes, {devices}, or not to be given: each has one worker."
         )
+    fields = {field.name for field in dataclasses.fields(Config)}
+    changes = {name: value for name, value in given.items() if name in fields}
     config = dataclasses.replace(CONFIGS[options.config], **changes)
     if "+" in config.dataset and config.partition != "iid":
-        raise ValueError("Expected --partition=iid with several data sets, dealt out in turn.")
+        raise ValueError("Expected --partition=iid with several data sets: each has its workers.")
     return config
+
+
+def _option(name: str, value: Any) -> str:
+    return f"--{name.replace('_', '-')}={value}"
 
 
 def find_place(options: Options) -> tuple[str | None, int | None, int | None] | None:
@@ -102,17 +102,9 @@ def find_place(options: Options) -> tuple[str | None, int | None, int | None] | 
     host, _, port = (coordinator or "host:1").rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"Expected --coordinator={coordinator} to be HOST:PORT.")
-    if count is not None and count < 1:
-        raise ValueError(f"Expected --num-processes={count} to be at least 1.")
     if index is not None and not 0 <= index < (count or index + 1):
         raise ValueError(f"Expected --process-id={index} from 0 to below --num-processes={count}.")
     return coordinator, count, index
-
-
-def directory_of(options: Options) -> pathlib.Path:
-    """Where its results go."""
-    now = datetime.datetime.now()
-    return options.out or pathlib.Path("results") / f"{options.config}-{now:%Y%m%d-%H%M%S}"
 
 
 def _purpose(options: Options) -> str:
@@ -135,7 +127,8 @@ def _train(options: Options, group: cluster.Group | None, arguments: Sequence[st
     methods, seeds = _methods_and_seeds(options)
     config = configure(options, None if group is None else jax.device_count())
     planned = [runs.Run(config, method, seed) for seed in seeds for method in methods]
-    directory = directory_of(options)
+    now = datetime.datetime.now()
+    directory = options.out or pathlib.Path("results") / f"{config.name}-{now:%Y%m%d-%H%M%S}"
     if group is not None:
         directory = pathlib.Path(group.gather(str(directory.absolute()))[0])
     store = Store(directory)

@@ -73,6 +73,9 @@ class Point:
     mean_staleness: float
 
 
+_FIELDS = {cls: [field.name for field in dataclasses.fields(cls)] for cls in (Record, Point)}
+
+
 def at_target(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
     """What it took to reach a target accuracy: a question to a curve, whatever the run aimed at.
 
@@ -81,15 +84,13 @@ def at_target(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, An
       first evaluation that reached it, each None where none did.
     """
     first = next((point for point in curve if point["test_accuracy"] >= target), {})
-    fields = {
-        "iterations": "iteration",
-        "uploads": "uploads",
-        "paper_uplink_bits": "paper_uplink_bits",
-        "uplink_bytes": "uplink_bytes",
-        "downlink_bytes": "downlink_bytes",
+    names = "uploads paper_uplink_bits uplink_bytes downlink_bytes".split()
+    reached = {f"{name}_at_target": first.get(name) for name in names}
+    return {
+        "target_accuracy": target,
+        "iterations_at_target": first.get("iteration"),
+        **reached,
     }
-    reached = {f"{name}_at_target": first.get(field) for name, field in fields.items()}
-    return {"target_accuracy": target, **reached}
 
 
 class ResultsError(RuntimeError):
@@ -112,13 +113,8 @@ class Store:
 
     def runs(self) -> list["RunFiles"]:
         """All runs that have begun, in the order of their configurations, seeds and methods."""
-        abouts = {
-            path.parent: read_json(path, "name config method seed sessions")
-            for path in self.directory.glob("runs/*/run.json")
-        }
-        return [
-            RunFiles(directory) for directory in sorted(abouts, key=lambda d: _order(abouts[d]))
-        ]
+        found = [RunFiles(path.parent) for path in self.directory.glob("runs/*/run.json")]
+        return sorted(found, key=lambda files: _order(files.about()))
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all runs that are done, in the order of :meth:`runs`."""
@@ -162,7 +158,12 @@ class RunFiles:
 
     def about(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
-        return read_json(self._about_path, "sessions")
+        about = read_json(self._about_path, "name config method seed sessions")
+        try:
+            _order(about)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ResultsError(f"Expected {self._about_path} to be of a run: {error!r}.") from error
+        return about
 
     def check(self, spec: Mapping[str, Any]) -> None:
         """Raises ResultsError if the folder holds a run other than ``spec`` describes.
@@ -250,17 +251,13 @@ class RunFiles:
         if not self.curve_path.exists():
             return []
         whole, _, _ = self.curve_path.read_text().rpartition("\n")
-        try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            message = f"Expected {self.curve_path} to be lines of JSON: {error}."
-            raise ResultsError(message) from None
+        return [_checked(self.curve_path, line, _FIELDS[Point]) for line in whole.splitlines()]
 
     def record(self) -> dict[str, Any] | None:
         """The outcome; None while the run is not done."""
         if not self._record_path.exists():
             return None
-        return read_json(self._record_path, "method seed uploads final_test_accuracy")
+        return read_json(self._record_path, " ".join(_FIELDS[Record]))
 
     def finish(self, record: Record) -> None:
         """Writes the outcome, with what reaching the target took, and removes what was only needed
@@ -284,11 +281,16 @@ def read_json(path: pathlib.Path, fields: str) -> dict[str, Any]:
     Raises:
       ResultsError: it does not; the message names the file.
     """
+    return _checked(path, path.read_text(), fields.split())
+
+
+def _checked(path: pathlib.Path, text: str, fields: Sequence[str]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except ValueError as error:
         raise ResultsError(f"Expected {path} to be JSON: {error}.") from None
-    missing = [field for field in fields.split() if field not in content]
+    known = content if isinstance(content, dict) else {}
+    missing = [field for field in fields if field not in known]
     if missing:
         raise ResultsError(f"Expected {path} to hold {', '.join(missing)}.")
     return content

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from experiments.data.datasets import Dataset
 from experiments.methods import METHODS
 from experiments.processes.cluster import Group
 from experiments.report.tables import format_seconds
+from experiments.training.agreement import digest
 from experiments.training.checkpoints import Checkpoints, save_params
 from experiments.training.records import Point, Store, session
 from experiments.training.train import train
@@ -51,12 +51,15 @@ class Run:
 
     def spec(self, dataset: Dataset, group: Group | None) -> dict:
         """What must be the same for a run that is gone on with."""
+        sha256 = digest(
+            [dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels]
+        )
         return {
             "name": self.name,
             "config": {**dataclasses.asdict(self.config), "alpha_c": dict(self.config.alpha_c)},
             "method": self.method,
             "seed": self.seed,
-            "data": {"name": dataset.name, "sha256": _digest(dataset)},
+            "data": {"name": dataset.name, "sha256": sha256},
             "processes": 1 if group is None else group.count,
         }
 
@@ -70,7 +73,7 @@ class Reporter:
     """
 
     def __init__(self, console: rich.console.Console, *, plain: bool = False):
-        self.console = console
+        self._console = console
         self._plain = plain or not console.is_terminal
         self._bars = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
@@ -91,33 +94,18 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
-    def follow(self, label: str, total: int) -> "Followed":
-        """Begins to report on a run of ``total`` rounds."""
-        return Followed(self, label, total)
-
-
-class Followed:
-    """A run that a :class:`Reporter` reports on."""
-
-    def __init__(self, reporter: Reporter, label: str, total: int):
-        self._reporter, self._label, self._total = reporter, label, total
-        self._bar = reporter._bars.add_task(label, total=total, status="compiling")
+    def follow(self, label: str, total: int, before: int) -> None:
+        """Begins to report on a run of ``total`` rounds, some of which were made before."""
+        self._label, self._total, self._before = label, total, before
+        self._bar = self._bars.add_task(label, total=total, completed=before, status="")
         self._began = self._said = time.monotonic()
-        self._before = self._done = 0
-
-    def on_start(self, iteration: int) -> None:
-        """The rounds made before."""
-        self._before = self._done = iteration
-        self._began = time.monotonic()
-        self._reporter._bars.update(self._bar, completed=iteration)
-        if iteration:
-            self._reporter.say(f"{self._label}: goes on after round {iteration:,}")
+        if before:
+            self.say(f"{label}: goes on after round {before:,}")
 
     def on_rounds(self, rounds: int) -> None:
-        self._done += rounds
-        self._reporter._bars.advance(self._bar, rounds)
+        self._bars.advance(self._bar, rounds)
 
     def on_point(self, point: Point) -> None:
         moved = point.uplink_bytes + point.downlink_bytes
@@ -125,17 +113,14 @@ class Followed:
             f"accuracy {point.test_accuracy:.2%}, {point.uploads:,} uploads, "
             f"1/{point.dense_bytes / moved:,.1f} of dense bytes both ways"
         )
-        self._reporter._bars.update(self._bar, status=status)
-        now = time.monotonic()
-        is_last = point.iteration == self._total
-        if self._reporter._plain and (is_last or now - self._said > _SECONDS_BETWEEN_LINES):
+        self._bars.update(self._bar, status=status)
+        now, to_go = time.monotonic(), self._total - point.iteration
+        if self._plain and (not to_go or now - self._said > _SECONDS_BETWEEN_LINES):
             self._said = now
-            made = point.iteration - self._before
-            left = (now - self._began) / made * (self._total - point.iteration)
-            self._reporter.say(
-                f"{self._label}: round {point.iteration:,} of {self._total:,}, {status}"
-                + ("" if is_last else f", {format_seconds(left)} left")
-            )
+            left = (now - self._began) / (point.iteration - self._before) * to_go
+            left = f", {format_seconds(left)} left" if to_go else ""
+            rounds = f"{point.iteration:,} of {self._total:,}"
+            self.say(f"{self._label}: round {rounds}, {status}{left}")
 
 
 def perform(
@@ -182,11 +167,10 @@ def perform(
             reporter.say(f"{run.label}: done before, {record['uploads']:,} uploads")
             return
         checkpoints = stack.enter_context(Checkpoints(files.checkpoints_path, checkpoint_seconds))
-        followed = reporter.follow(run.label, run.config.iterations)
         final_params: Any = None
 
         def on_start(iteration: int) -> None:
-            followed.on_start(iteration)
+            reporter.follow(run.label, run.config.iterations, iteration)
             if is_main:
                 processes = {} if group is None else {"processes": group.names}
                 files.add_session({**session(arguments), **processes, "round": iteration})
@@ -194,7 +178,7 @@ def perform(
         def on_point(point: Point) -> None:
             if is_main:
                 files.append_point(point)
-            followed.on_point(point)
+            reporter.on_point(point)
 
         def on_evaluation(params: Any, reports: Any) -> None:
             nonlocal final_params
@@ -211,22 +195,10 @@ def perform(
             checkpoints=checkpoints,
             on_start=on_start,
             on_point=on_point,
-            on_rounds=followed.on_rounds,
+            on_rounds=reporter.on_rounds,
             on_evaluation=on_evaluation,
         )
         if is_main:
             save_params(files.params_path, final_params)
             files.finish(record)
             store.write_summary()
-
-
-def _digest(dataset: Dataset) -> str:
-    digest = hashlib.sha256()
-    for array in (
-        dataset.train_images,
-        dataset.train_labels,
-        dataset.test_images,
-        dataset.test_labels,
-    ):
-        digest.update(array.tobytes())
-    return digest.hexdigest()

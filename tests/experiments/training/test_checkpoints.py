@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from experiments import data
 from experiments.configs import CONFIGS
 from experiments.training import train as training
 from experiments.training.checkpoints import Checkpoints, Progress, save_params
-from experiments.training.records import RunFiles
+from experiments.training.records import ResultsError, RunFiles
 
 
 def state_of(scale):
@@ -146,6 +147,24 @@ def test_the_remains_of_half_a_checkpoint_are_not_taken_for_one(tmp_path):
         restored = checkpoints.restore(state_of(0))
     assert restored is not None
     assert restored[1].iteration == 100
+
+
+def test_one_that_is_broken_is_named(tmp_path):
+    with Checkpoints(tmp_path / "whole") as checkpoints:
+        checkpoints.save(state_of(1), progress_of(100))
+    said = []
+    for number, path in enumerate(sorted(tmp_path.glob("whole/100/**/*"))):
+        if path.is_file():
+            torn = tmp_path / str(number)
+            shutil.copytree(tmp_path / "whole", torn)
+            (torn / path.relative_to(tmp_path / "whole")).write_bytes(b"")
+            with Checkpoints(torn) as checkpoints:
+                try:
+                    checkpoints.restore(state_of(0))  # not all of its files are needed
+                except ResultsError as error:
+                    said.append(str(error).removeprefix(str(torn)))
+    assert len(said) > 2
+    assert set(said) == {"/100 is broken; without it the run begins anew."}
 
 
 # --- Whole runs -----------------------------------------------------------------------------------

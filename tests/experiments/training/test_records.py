@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -141,18 +139,16 @@ def test_results_of_another_experiment_are_not_mixed_in(tmp_path):
         store.check_config("mnist_fc")
 
 
-def test_two_processes_are_not_at_work_on_one_run(tmp_path):
-    files = Store(tmp_path).run("digits-sasg-seed1")
-    code = (
-        "import pathlib, sys; from experiments.training.records import RunFiles\n"
-        "with RunFiles(pathlib.Path(sys.argv[1])).claimed({}): print('mine')"
-    )
-    command = [sys.executable, "-c", code, str(files.directory)]
-    with files.claimed({}):
-        other = subprocess.run(command, capture_output=True, text=True)
-        assert "Another process is at work" in other.stderr
-        assert other.stdout == ""
-    assert subprocess.run(command, capture_output=True, text=True).stdout == "mine\n"
+def test_a_run_that_is_being_made_is_left_alone(tmp_path):
+    files, others = (Store(tmp_path).run("digits-sasg-seed1") for _ in range(2))
+    with (
+        files.claimed(spec()),
+        pytest.raises(ResultsError, match="Another process is at work"),
+        others.claimed(spec()),
+    ):
+        pass
+    with others.claimed(spec()):
+        pass
 
 
 def test_the_end_of_a_torn_line_is_dropped(tmp_path):

@@ -93,14 +93,13 @@ def test_a_plain_line_says_how_far_how_good_how_much_is_saved_and_how_long(monke
     monkeypatch.setattr(runs.time, "monotonic", lambda: now)
     written = console()
     with runs.Reporter(written) as reporter:
-        followed = reporter.follow("SASG, seed 1", 1000)
-        followed.on_start(200)
+        reporter.follow("SASG, seed 1", 1000, 200)
         now = 60.0
-        followed.on_point(point(400))
+        reporter.on_point(point(400))
         now = 61.0
-        followed.on_point(point(401))  # not again so soon
+        reporter.on_point(point(401))  # not again so soon
         now = 300.0
-        followed.on_point(point(1000))
+        reporter.on_point(point(1000))
     assert text(written).splitlines() == [
         "SASG, seed 1: goes on after round 200",
         "SASG, seed 1: round 400 of 1,000, accuracy 90.00%, 1,234 uploads, "
@@ -114,10 +113,9 @@ def test_a_plain_line_says_how_far_how_good_how_much_is_saved_and_how_long(monke
 def test_a_terminal_has_a_bar_unless_it_is_to_be_plain(plain):
     written = console(terminal=True)
     with runs.Reporter(written, plain=plain) as reporter:
-        followed = reporter.follow("SASG, seed 1", 1000)
-        followed.on_start(0)
-        followed.on_rounds(500)
-        followed.on_point(point(500))
+        reporter.follow("SASG, seed 1", 1000, 0)
+        reporter.on_rounds(500)
+        reporter.on_point(point(500))
     said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text(written))
     assert ("500/1000" in said) == (not plain)
     if not plain:
