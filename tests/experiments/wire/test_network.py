@@ -128,7 +128,7 @@ def test_bytes_sent_are_counted_at_both_ends_and_nowhere_else():
     ],
 )
 def test_each_direction_of_a_link_has_the_rate(plan, megabytes):
-    """The fullest link takes no less than its bytes take at 20 Mbit/s, with headers of up to 5 %."""
+    """The fullest link takes no less than its bytes at 20 Mbit/s, with headers of up to 5 %."""
     with network.Network(hosts=3, rate="20mbit") as net:
         results = exchange(net, plan)
     times = [(start, end) for count, start, end in results if count]
