@@ -40,6 +40,7 @@ def examples(images, labels):
     )
 
 
+# In a process of its own: tensorflow_datasets remembers what it once failed to import.
 NO_TENSORFLOW = """
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
@@ -60,8 +61,6 @@ def run_python(code, *arguments):
     )
     assert result.returncode == 0, result.stderr
 
-    # --- Archives made by the tests, in the original layouts --------------------------------------
-
 
 @pytest.mark.datasets
 @needs_tfds
@@ -80,7 +79,7 @@ else:
     run_python(NO_TENSORFLOW + code, tmp_path)
 
 
-# In a process of its own: tensorflow_datasets remembers what it once failed to import.
+# Archives made by the tests, in the original layouts ----------------------------------------------
 
 
 def write_tar(path, members):
