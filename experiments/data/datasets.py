@@ -94,10 +94,8 @@ def combine(datasets: Sequence[Dataset]) -> tuple[Dataset, np.ndarray]:
       from, as :func:`experiments.data.partition.by_source` takes it. shape=(N,), dtype=int32
 
     Raises:
-      ValueError: there is no data set, or the numbers of channels cannot be brought together.
+      ValueError: the numbers of channels cannot be brought together.
     """
-    if not datasets:
-        raise ValueError(f"Expected datasets={datasets!r} to hold at least 1 data set.")
     shape = np.max([dataset.train_images.shape[1:] for dataset in datasets], axis=0)
     for dataset in datasets:
         channels = dataset.train_images.shape[3]

@@ -2,11 +2,10 @@
 
 A partition deals all examples out to ``num_workers`` workers, at random by ``seed`` (an integer
 from 0 to 2**32 - 1). It returns one sorted int64 array of indices per worker: disjoint, covering
-all examples. Arguments out of range are a ValueError that says what is allowed.
+all examples. Too many workers, or another seed, are a ValueError that says what is allowed.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,8 +15,7 @@ _MAX_DRAWS = 1000
 
 def iid_shards(num_examples: int, num_workers: int, seed: int) -> list[np.ndarray]:
     """Deals the examples out evenly: sizes differ by at most one."""
-    _check_integer("num_examples", num_examples, 1)
-    _check_integer("num_workers", num_workers, 1, num_examples)
+    _check("num_workers", num_workers, 1, num_examples)
     permutation = _partition_rng(seed).permutation(num_examples)
     return [np.sort(shard) for shard in np.array_split(permutation, num_workers)]
 
@@ -27,13 +25,13 @@ def by_source(train_source: np.ndarray, num_workers: int, seed: int) -> list[np.
 
     ``train_source`` says where each example is from, as of :func:`experiments.data.combine`.
     """
-    sizes = np.bincount(_check_vector("train_source", train_source))
+    sizes = np.bincount(train_source)
     most = min(len(sizes) * int(size) + source for source, size in enumerate(sizes))
-    _check_integer("num_workers", num_workers, len(sizes), most)
+    _check("num_workers", num_workers, len(sizes), most)
     rng = _partition_rng(seed)
     shards = [np.empty(0, np.int64)] * num_workers
     for source in range(len(sizes)):
-        indices = rng.permutation(np.flatnonzero(np.asarray(train_source) == source))
+        indices = rng.permutation(np.flatnonzero(train_source == source))
         workers = range(source, num_workers, len(sizes))
         for worker, shard in zip(workers, np.array_split(indices, len(workers)), strict=True):
             shards[worker] = np.sort(shard)
@@ -61,8 +59,7 @@ def dirichlet_label_skew(
     et al., `Bayesian Nonparametric Federated Learning of Neural Networks
     <https://arxiv.org/abs/1905.12022>`_, 2019
     """
-    labels = _check_vector("labels", labels)
-    _check_integer("num_workers", num_workers, 1, len(labels))
+    _check("num_workers", num_workers, 1, len(labels))
     if not 0 < concentration < np.inf:
         raise ValueError(f"Expected concentration={concentration!r} to be positive and finite.")
     rng = _partition_rng(seed)
@@ -106,18 +103,11 @@ def batch_order(
 
     Of all workers, or of the W that ``workers`` names. shape=(iterations, W, B), dtype=int32
     """
-    _check_integer("batch_size", batch_size, 1)
-    _check_integer("iterations", iterations, 1)
-    _check_integer("seed", seed, 0, _MAX_SEED)
-    _check_integer("start", start, 0)
-    if not len(shards):
-        raise ValueError(f"Expected shards={shards!r} to hold at least 1 shard.")
     workers = range(len(shards)) if workers is None else workers
     order = np.empty((iterations, len(workers), batch_size), np.int32)
     begin, end = start * batch_size, (start + iterations) * batch_size
     for column, worker in enumerate(workers):
-        _check_integer("workers", worker, 0, len(shards) - 1)
-        shard = _check_vector(f"shards[{worker}]", shards[worker])
+        shard = shards[worker]
         epochs = range(begin // len(shard), -(-end // len(shard)))
         walk = np.concatenate(
             [np.random.default_rng([seed, worker, epoch]).permutation(shard) for epoch in epochs]
@@ -128,28 +118,12 @@ def batch_order(
 
 
 def _partition_rng(seed: int) -> np.random.Generator:
-    _check_integer("seed", seed, 0, _MAX_SEED)
+    _check("seed", seed, 0, _MAX_SEED)
     # The last word sets it apart from every [seed, worker, epoch] of batch_order: missing words
     # count as zeros, so [seed] alone would be the generator of worker 0's first epoch.
     return np.random.default_rng([seed, 0, 0, 1])
 
 
-def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | np.integer)
-        or value < minimum
-        or (maximum is not None and value > maximum)
-    ):
-        allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ValueError(f"Expected {name}={value!r} to be an integer {allowed}.")
-
-
-def _check_vector(name: str, value: Any) -> np.ndarray:
-    array = np.asarray(value)
-    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu" or array.min() < 0:
-        raise ValueError(
-            f"Expected {name} to be a non-empty vector of integers of at least 0, got shape "
-            f"{array.shape} and dtype {array.dtype}."
-        )
-    return array
+def _check(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"Expected {name}={value} to be an integer from {least} to {most}.")

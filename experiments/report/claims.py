@@ -129,8 +129,7 @@ def _sasg_needs_fewest(groups: Sequence[Group]) -> Found:
 
 
 @_claim(
-    "Table III",
-    "Sparse, LASG and SASG each take less time to communicate than SGD, and SASG least",
+    "Table III", "Sparse, LASG and SASG each take less time to communicate than SGD, and SASG least"
 )
 def _communication(results: Results) -> Found:
     fastest = fastest_exchanges(results.measurements)

@@ -45,7 +45,6 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(PAPER_METHODS, tuple(512 * 2**i for i in range(7)), (2, 4, 8, 16, 32, 64), 4096)
-QUICK = Scale(("sgd", "sasg"), tuple(256 * 2**i for i in range(6)), (2, 8, 32), 1024)
 
 
 def measure(

@@ -105,8 +105,6 @@ class TestCombine:
         assert not source.any()
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="at least 1 data set"):
-            data.combine([])
         with pytest.raises(ValueError, match="'two' to have 1 or 3 channels, got 2"):
             data.combine([tiny("three", channels=3), tiny("two", channels=2)])
 

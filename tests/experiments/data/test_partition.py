@@ -60,8 +60,6 @@ class TestBySource:
                 ValueError, match=rf"num_workers={num_workers} to be an integer from 3 to 29\."
             ):
                 data.by_source(self.SOURCE, num_workers, seed=0)
-        with pytest.raises(ValueError, match="Expected train_source to be a non-empty vector"):
-            data.by_source(np.zeros(4), 2, seed=0)
 
 
 class TestDirichletLabelSkew:
@@ -133,9 +131,6 @@ class TestDirichletLabelSkew:
     def test_other_errors(self):
         with pytest.raises(ValueError, match=r"num_workers=2001 to be an integer from 1 to 2000\."):
             data.dirichlet_label_skew(self.LABELS, 2001, 1.0, seed=0)
-        for labels in ([], [0.0, 1.0], [[0], [1]], [0, -1]):
-            with pytest.raises(ValueError, match="Expected labels to be a non-empty vector"):
-                data.dirichlet_label_skew(np.array(labels), 1, 1.0, seed=0)
 
 
 class TestBatchOrder:
@@ -198,19 +193,6 @@ class TestBatchOrder:
         data.batch_order([np.arange(100)], 10, 10, seed=5, start=10)  # Exactly the second epoch.
         assert seeds == [[5, 0, 1]]
 
-    def test_errors(self):
-        shards = self.SHARDS
-        with pytest.raises(ValueError, match=r"at least 1 shard\."):
-            data.batch_order([], 1, 1, seed=0)
-        with pytest.raises(ValueError, match=r"Expected shards\[1\] to be a non-empty vector"):
-            data.batch_order([np.arange(3), np.arange(0)], 1, 1, seed=0)
-        with pytest.raises(ValueError, match=r"batch_size=0 to be an integer of at least 1\."):
-            data.batch_order(shards, 0, 1, seed=0)
-        with pytest.raises(ValueError, match=r"iterations=0 to be an integer of at least 1\."):
-            data.batch_order(shards, 1, 0, seed=0)
-        with pytest.raises(ValueError, match=r"start=-1 to be an integer of at least 0\."):
-            data.batch_order(shards, 1, 1, seed=0, start=-1)
-
 
 PARTITIONS = {
     "iid_shards": lambda num_workers, seed: data.iid_shards(10, num_workers, seed),
@@ -223,16 +205,13 @@ PARTITIONS = {
 
 @pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS)
 class TestPartitionErrors:
-    @pytest.mark.parametrize("num_workers", [0, -1, 1.0, True, "2"])
-    def test_num_workers(self, partition, num_workers):
-        with pytest.raises(ValueError, match=f"Expected num_workers={num_workers!r} to be an int"):
+    @pytest.mark.parametrize("num_workers", [0, -1, 11])
+    def test_fewer_workers_than_one_or_more_than_examples(self, partition, num_workers):
+        message = f"Expected num_workers={num_workers} to be an integer from 1 to 10\\."
+        with pytest.raises(ValueError, match=message):
             partition(num_workers, 0)
 
-    def test_more_workers_than_examples(self, partition):
-        with pytest.raises(ValueError, match="Expected num_workers=11 to "):
-            partition(11, 0)
-
-    @pytest.mark.parametrize("seed", [-1, 0.5, 2**32])
+    @pytest.mark.parametrize("seed", [-1, 2**32])
     def test_seed(self, partition, seed):
         with pytest.raises(ValueError, match=f"Expected seed={seed} to be an integer from 0 to"):
             partition(2, seed)

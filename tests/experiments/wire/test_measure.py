@@ -14,7 +14,6 @@ from experiments.report import findings
 from experiments.wire import measure as wire
 from experiments.wire import network
 from experiments.wire.hosts import WireError, start_hosts
-from experiments.wire.tables import wire_tables
 
 HOSTS = 4
 # 784-4096-10: 3,256,330 parameters, messages of 260 kB.
@@ -152,7 +151,7 @@ def test_tables_show_bytes_of_a_worker_that_is_not_the_server():
     (relay,) = [m for m in measurements if m.exchange == "relay"]
     assert relay.kernel_sent is not None
     console = rich.console.Console(file=io.StringIO(), width=80)
-    for table in wire_tables("ten hosts", measurements):
+    for table in wire.wire_tables("ten hosts", measurements):
         console.print(table)
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     moved, times = (line.split() for line in shown.splitlines() if " relay " in line)
