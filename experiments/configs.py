@@ -3,14 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-METHODS = ("sgd", "sparse", "lasg", "sasg", "sparse_two_way", "sasg_two_way")
-"""The paper's four methods, and Sparse and SASG with a sparse way down."""
-
-PAPER_METHODS = METHODS[:4]
-
-SPARSE_METHODS = tuple(method for method in METHODS if method not in ("sgd", "lasg"))
-"""Those that send the top k."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:

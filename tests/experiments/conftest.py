@@ -4,7 +4,7 @@ import jax
 import pytest
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def allow_rank_promotion():
     with jax.numpy_rank_promotion("allow"):
         yield

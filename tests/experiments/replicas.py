@@ -1,10 +1,11 @@
 """Trains with every method and exchange, as a simulation or as one of several processes.
 
-``python replicas.py FOLDER NAME ...`` under :func:`experiments.launch.launch` leaves what each
-process has seen of the named pairs in FOLDER, one file for a process and a pair. Without a
-launcher, it leaves what the simulation of all workers has seen.
+``python replicas.py PROCESSES DEVICES FOLDER NAME ...`` leaves what each process has seen of the
+named pairs in FOLDER, one file for a process and a pair. With 0 processes, it leaves what the
+simulation of all workers has seen.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import os
@@ -14,8 +15,10 @@ import sys
 import jax
 import numpy as np
 
-from experiments import cluster, data, training
+from experiments import data
 from experiments.configs import CONFIGS
+from experiments.processes import cluster, launch
+from experiments.training import train as training
 
 CONFIG = dataclasses.replace(CONFIGS["mnist_fc"], num_workers=4, iterations=300)
 METHODS_AND_EXCHANGES = (
@@ -88,13 +91,17 @@ def run(name: str, dataset: data.Dataset, group: cluster.Group | None) -> dict:
     return {**arrays, "uploads": record.uploads, "accuracy": record.final_test_accuracy}
 
 
-def main(folder: str, *names: str) -> None:
-    place = cluster.find_place()
-    if place is None:
+def main(processes: str, devices: str, folder: str, *names: str) -> None:
+    if processes == "0":
         for name in names:
             np.savez(pathlib.Path(folder) / f"{name}-simulated.npz", **run(name, mnist(), None))
         return
-    with cluster.join(place, "a comparison", timeout=120) as group:
+    with contextlib.ExitStack() as stack:
+        if launch.INDEX not in os.environ:
+            command = [sys.executable, *sys.argv]
+            stack.enter_context(launch.launched(command, int(processes), int(devices)))
+        place = os.environ[launch.ADDRESS], int(processes), int(os.environ[launch.INDEX])
+        group = stack.enter_context(cluster.join(*place, "a comparison", timeout=120))
         dataset = mnist()
         for name in names:
             seen = run(name, dataset, group)

@@ -1,14 +1,17 @@
-"""The methods get the paper's settings from a configuration."""
+"""The methods get the paper's settings from a configuration, and the table tells the truth."""
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import jax.numpy as jnp
 import pytest
 
 import sasg_jax
-from experiments.configs import CONFIGS, METHODS
-from experiments.methods import learning_rate, make_optimizer
+from experiments.configs import CONFIGS
+from experiments.methods import EXCHANGES, METHODS, learning_rate, make_optimizer
+from sasg_jax import exchange as library
 
 CIFAR = CONFIGS["cifar10_resnet18"]
 
@@ -25,32 +28,33 @@ def test_learning_rate_without_decay_is_the_number():
     assert learning_rate(CONFIGS["mnist_fc"]) == 0.05
 
 
-@pytest.mark.parametrize(
-    ("method", "adaptive", "upload_bytes", "downlink_bytes"),
-    [
-        # 1,000 entries: 4,000 bytes dense; 10 values of 4 bytes and indices of 2 at 1 %.
-        ("sgd", False, 4000, 4000),
-        ("sparse", False, 60, 4000),
-        ("lasg", True, 4000, 4000),
-        ("sasg", True, 60, 4000),
-        ("sparse_two_way", False, 60, 60),
-        ("sasg_two_way", True, 60, 60),
-    ],
-)
-def test_methods_send_what_they_say(method, adaptive, upload_bytes, downlink_bytes):
-    state: Any = make_optimizer(CONFIGS["mnist_fc"], method).init({"w": jnp.zeros(1000)})
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_send_what_the_table_says(name):
+    method = METHODS[name]
+    state: Any = make_optimizer(CONFIGS["mnist_fc"], name).init({"w": jnp.zeros(1000)})
+    # 1,000 entries: 4,000 bytes dense; 10 values of 4 bytes and indices of 2 at 1 %.
     assert state.wire == sasg_jax.WireSizes(
         num_workers=10,
-        upload_bytes=upload_bytes,
-        upload_paper_bits=32 * (1000 if upload_bytes == 4000 else 10),
-        flag_bytes=int(adaptive),
-        downlink_bytes=downlink_bytes,
-        exchange="psum" if method == "sgd" else "gather",
+        upload_bytes=60 if method.sparse else 4000,
+        upload_paper_bits=32 * (10 if method.sparse else 1000),
+        flag_bytes=int(method.alpha is not None),
+        downlink_bytes=60 if method.two_way else 4000,
+        exchange="psum" if name == "sgd" else "gather",
     )
-    assert len(state.server.history) == (10 if adaptive else 0)
+    assert len(state.server.history) == (10 if method.alpha else 0)
 
 
-def test_every_method_of_every_configuration_is_made():
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_of_every_configuration_is_made_for_the_exchanges_that_suit_it(name):
     for config in CONFIGS.values():
-        for method in METHODS:
-            make_optimizer(config, method)
+        for exchange in (None, *METHODS[name].exchanges):
+            make_optimizer(dataclasses.replace(config, exchange=exchange), name)
+
+
+def test_the_exchanges_are_the_librarys():
+    assert set(EXCHANGES) == set(library.EXCHANGES)
+
+
+def test_the_table_needs_no_jax():
+    code = "import sys, experiments.methods; assert not {'jax', 'optax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,13 +7,15 @@ import re
 
 import pytest
 
-from experiments import bench, findings, wire
-from experiments.configs import CONFIGS, PAPER_METHODS
-from experiments.figures import LABELS
-from experiments.records import Store, at_target
-from experiments.tables import format_bytes
+from experiments.configs import CONFIGS
+from experiments.methods import METHODS, PAPER_METHODS
+from experiments.report import findings
+from experiments.report.tables import format_bytes
+from experiments.studies import bench
+from experiments.training.records import Store, at_target
+from experiments.wire import measure as wire
 
-ROOT = pathlib.Path(findings.__file__).parents[1]
+ROOT = pathlib.Path(findings.__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text()
 
@@ -75,7 +77,7 @@ def test_readme_quotes_the_wire():
     measurements = [wire.Measurement(**measured) for measured in content["measurements"]]
     quoted = _readme_rows("wire")
     assert [(method, exchange) for method, exchange, *_ in quoted] == [
-        (LABELS[m.method], f"`{m.exchange}`") for m in measurements
+        (METHODS[m.method].label, f"`{m.exchange}`") for m in measurements
     ]
     dense = measurements[0].communication_ms
     for (_, _, *sizes, exchange, ratio), m in zip(quoted, measurements, strict=True):
@@ -103,9 +105,9 @@ def test_readme_quotes_the_estimates():
 def test_readme_quotes_the_means(results, name):
     """Every row of README's table of this experiment is made of the records."""
     rows = _readme_rows(name)
-    groups = {LABELS[group.method]: group for group in results.standard_groups(name)}
+    groups = {METHODS[group.method].label: group for group in results.standard_groups(name)}
     assert [row[0] for row in rows] == list(groups)
-    assert groups.keys() >= {LABELS[method] for method in PAPER_METHODS}
+    assert groups.keys() >= {METHODS[method].label for method in PAPER_METHODS}
     for label, rounds, uploads, bits, up, both, accuracy in rows:
         group = groups[label]
 

@@ -1,0 +1,15 @@
+"""Data sets, which of their examples each worker holds, and in which order it takes them."""
+
+from experiments.data.datasets import Dataset, combine, load, load_named
+from experiments.data.partition import batch_order, by_source, dirichlet_label_skew, iid_shards
+
+__all__ = [
+    "Dataset",
+    "batch_order",
+    "by_source",
+    "combine",
+    "dirichlet_label_skew",
+    "iid_shards",
+    "load",
+    "load_named",
+]

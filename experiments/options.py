@@ -1,0 +1,179 @@
+"""What ``compare``, ``run``, ``launch`` and ``report`` take. Importing it needs no jax."""
+
+import dataclasses
+import os
+import pathlib
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from experiments.configs import CONFIGS
+from experiments.methods import EXCHANGES, PAPER_METHODS, ExchangeName, MethodName
+from experiments.processes.launch import ADDRESS, COUNT, INDEX
+
+if TYPE_CHECKING:
+    ConfigName = str
+else:
+    ConfigName = Literal[tuple(CONFIGS)]
+
+
+def optional(metavar: str, default: str = "the configuration's") -> Any:
+    """How the help shows an option whose default is not a value."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+def _number(name: str) -> int | None:
+    """The environment variable, if there is one."""
+    text = os.environ.get(name)
+    if text is not None and not text.isdecimal():
+        raise ValueError(f"Expected the environment variable {name}={text} to be a whole number.")
+    return None if text is None else int(text)
+
+
+@dataclasses.dataclass
+class Options:
+    """What both commands that train take."""
+
+    config: tyro.conf.Positional[ConfigName]
+    """The experiment: which data, model and settings. `digits` needs no download and a minute;
+    `mnist_fc` is the paper's setting for MNIST (784-512-10); the ResNet18 ones want a GPU, but for
+    the narrow ones."""
+
+    iterations: Annotated[int | None, optional("INT")] = None
+    """Training rounds."""
+
+    num_workers: Annotated[int | None, optional("INT")] = None
+    """How many workers compute gradients. Over several processes there is one for each device."""
+
+    exchange: Annotated[ExchangeName | None, optional("|".join(EXCHANGES), "the method's")] = None
+    """How messages travel between workers and server. Not every method can take every one."""
+
+    dataset: Annotated[str | None, optional("NAME")] = None
+    """`digits` or the name of an image classification set of tensorflow-datasets; several joined by
+    `+` (`cifar10+mnist`) go to the workers in turn."""
+
+    partition: Annotated[Literal["iid", "dirichlet"] | None, optional("iid|dirichlet")] = None
+    """How training images are dealt to workers: evenly at random, or with skewed labels."""
+
+    concentration: Annotated[float | None, optional("FLOAT")] = None
+    """Of the Dirichlet distribution of labels over workers; smaller is more skewed."""
+
+    width: Annotated[int | None, optional("INT")] = None
+    """Hidden units of the fully connected network, or channels of the ResNet18's first stage (64 in
+    the paper; 8 is small enough for a CPU)."""
+
+    density: Annotated[float | None, optional("FLOAT")] = None
+    """Part of the entries that the sparse methods send, in (0, 1]."""
+
+    data_dir: Annotated[pathlib.Path | None, optional("DIR", "~/tensorflow_datasets")] = None
+    """Where tensorflow-datasets keeps prepared data."""
+
+    archives: Annotated[pathlib.Path | None, optional("DIR", "download them")] = None
+    """A folder with the original archives of the data set (in it, or in a subfolder named like the
+    set), to prepare it from without a network."""
+
+    out: Annotated[pathlib.Path | None, optional("DIR", "results/CONFIG-DATE-TIME")] = None
+    """Where results go; nothing there is overwritten. The same command again skips what is done
+    there and goes on with what was stopped. (Several processes must all see the folder.)"""
+
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print plain lines, and no progress bars."""
+
+    checkpoint_seconds: float = 60
+    """Time between two checkpoints, from which a run that was stopped goes on."""
+
+    coordinator: Annotated[str | None, optional("HOST:PORT", ADDRESS)] = dataclasses.field(
+        default_factory=lambda: os.environ.get(ADDRESS)
+    )
+    """To run over several processes, which you start yourself, all with the same command: where
+    they meet, a free port on the host of process 0. (On one machine, `launch` starts them.) The
+    defaults of these three are environment variables."""
+
+    num_processes: Annotated[int | None, optional("INT", COUNT)] = dataclasses.field(
+        default_factory=lambda: _number(COUNT)
+    )
+    """How many processes there are."""
+
+    process_id: Annotated[int | None, optional("INT", INDEX)] = dataclasses.field(
+        default_factory=lambda: _number(INDEX)
+    )
+    """Which of them this is, from 0. Process 0 prints and writes."""
+
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run over the processes that SLURM, Open MPI or another scheduler known to JAX has started."""
+
+    connect_timeout: float = 60
+    """Seconds to wait for the other processes at the start."""
+
+
+@dataclasses.dataclass
+class Compare(Options):
+    """Trains several methods on the same data, in the same order, from the same parameters.
+
+    Each of 10 workers computes a gradient on its own images in every round, simulated on one device
+    unless there are several processes; the methods differ in what is sent to the server that
+    averages them:
+
+    sgd sends every gradient whole; sparse sends the 1 % largest entries and keeps the rest for
+    later; lasg sends whole gradients, but only from workers whose gradient has changed enough;
+    sasg does both; sparse_two_way and sasg_two_way also send only 1 % of the step back.
+
+    Prints a table of what each needed to reach the target accuracy, and writes summary.json, a
+    folder for each run, and curves.png.
+    """
+
+    methods: tuple[MethodName, ...] = PAPER_METHODS
+    """Which methods to train."""
+
+    seeds: tuple[int, ...] = (1,)
+    """One run of every method for each seed."""
+
+
+@dataclasses.dataclass
+class Run(Options):
+    """Trains one method once; the same outputs as `compare`, with one record."""
+
+    method: MethodName = "sasg"
+    """Which method to train."""
+
+    seed: int = 1
+    """Of the initial parameters, the data order and the augmentation."""
+
+
+TRAINING = {"compare": Compare, "run": Run}
+"""The commands that train, and that `launch` starts."""
+
+
+@dataclasses.dataclass
+class Launch:
+    """Starts `run` or `compare` in several processes on this machine, joined over its loopback:
+
+    python -m experiments launch --processes 4 -- run mnist_fc --method sasg
+
+    Each has one worker on each of its devices. They use CPU devices, unless JAX_PLATFORMS says
+    otherwise. When one of them dies, all end.
+    """
+
+    command: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="-- run|compare ...", help_behavior_hint=""),
+    ] = ()
+    """What to run, after `--`."""
+
+    processes: int = 2
+    """How many processes to start."""
+
+    devices_per_process: int = 1
+    """How many devices, and so workers, each of them has."""
+
+
+@dataclasses.dataclass
+class Report:
+    """Makes one page of all that `reproduce` has left in a folder, beside what the paper says.
+
+    Writes report.html, which needs nothing else to be looked at, and the figures and tables by
+    themselves (PNG, CSV) in a folder `report`. What is not there yet is said to be missing.
+    """
+
+    directory: tyro.conf.Positional[pathlib.Path]
+    """The folder of the results, as given to `reproduce --out`."""

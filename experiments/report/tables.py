@@ -1,0 +1,93 @@
+"""Tables of results for a terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import rich.box
+from rich.table import Table
+
+from experiments.methods import METHODS
+
+
+def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
+    """Like the paper's Table II, with bytes beside its bits: means over seeds.
+
+    The caption says of a method that did not reach the target with every seed with how many.
+    """
+    target = records[0]["target_accuracy"]
+    seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
+    table = numbers_table(
+        f"{describe(records[0])}: what it took to reach {target:.0%} test accuracy",
+        ("Method",),
+        ("Rounds", "Uploads", "Paper bits", "Uplink", "Both ways", "Accuracy", "ms/round"),
+    )
+    notes = [
+        f"Means over seeds {seeds}." if "," in seeds else f"Seed {seeds}.",
+        "Paper bits: 32 for each value sent up, without indices. Uplink: values, indices and "
+        "flags. Both ways: uplink and downlink. Accuracy: at the end of training.",
+    ]
+
+    def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:
+        return float(np.mean([sum(row[key] for key in keys) for row in rows]))
+
+    for name, method in METHODS.items():
+        runs = [record for record in records if record["method"] == name]
+        if not runs:
+            continue
+        reached = [run for run in runs if run["uploads_at_target"] is not None]
+        cells = ["not reached"] + [""] * 4
+        if reached:
+            both_ways = mean(reached, "uplink_bytes_at_target", "downlink_bytes_at_target")
+            cells = [
+                f"{mean(reached, 'iterations_at_target'):,.0f}",
+                f"{mean(reached, 'uploads_at_target'):,.0f}",
+                f"{mean(reached, 'paper_uplink_bits_at_target'):.2e}",
+                format_bytes(mean(reached, "uplink_bytes_at_target")),
+                format_bytes(both_ways),
+            ]
+        if 0 < len(reached) < len(runs):
+            notes.append(
+                f"{method.label}: {len(reached)} of {len(runs)} seeds reached the target; the "
+                "means are over these."
+            )
+        accuracy, time = mean(runs, "final_test_accuracy"), mean(runs, "ms_per_iteration")
+        table.add_row(method.label, *cells, f"{accuracy:.2%}", f"{time:.2f}")
+    table.caption = " ".join(notes)
+    return table
+
+
+def numbers_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table, with columns of text and then of numbers, for 80 columns."""
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
+    for heading in texts:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Names a run's experiment, and its data where that is not the experiment's own name."""
+    config, dataset = record["config"], record["dataset"]
+    return config if config == dataset else f"{config} on {dataset}"
+
+
+def format_bytes(count: float) -> str:
+    """``1234567`` as ``1.23 MB`` (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """``5000`` as ``1 h 23 min``; two units at most."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

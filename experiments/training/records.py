@@ -1,0 +1,346 @@
+"""What runs leave behind: curves that grow as they go, and a record of each when it is done."""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import filelock
+import jax
+
+from experiments.methods import METHODS
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The outcome of one run. On disk, :func:`at_target` of its curve is added to it."""
+
+    config: str
+    dataset: str
+    method: str
+    seed: int
+    num_workers: int
+    exchange: str
+    """How messages travelled."""
+    driver: str
+    """``"vmap"``: all workers simulated on one device. ``"shard_map"``: each on its own."""
+    processes: int
+    num_parameters: int
+    iterations: int
+    uploads: int
+    final_test_accuracy: float
+    final_train_loss: float
+    """Mean over workers and over the rounds since the last but one evaluation."""
+    paper_uplink_bits: int
+    """32 bits for every uploaded value, nothing for indices (the paper's Table II)."""
+    uplink_bytes: int
+    """Values, indices and flags from all workers to the server."""
+    downlink_bytes: int
+    """From the server to all workers."""
+    model_state_bytes: int
+    """BatchNorm statistics averaged over workers for the evaluations."""
+    params_sha256: str
+    """Of the final parameters: equal for runs that ended in the same ones, bit for bit."""
+    compute_seconds: float
+    """Training alone: without compilation and evaluation."""
+    ms_per_iteration: float
+    """Median."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One evaluation, on the curve of a run."""
+
+    iteration: int
+    uploads: int
+    paper_uplink_bits: int
+    uplink_bytes: int
+    downlink_bytes: int
+    dense_bytes: int
+    """What would have crossed, both ways, with everything sent whole in every round."""
+    test_accuracy: float
+    train_loss: float
+    upload_fraction: float
+    """Of the workers, since the last evaluation."""
+    mean_staleness: float
+
+
+_FIELDS = {cls: [field.name for field in dataclasses.fields(cls)] for cls in (Record, Point)}
+
+
+def at_target(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
+    """What it took to reach a target accuracy: a question to a curve, whatever the run aimed at.
+
+    Returns:
+      ``target_accuracy``, and ``iterations_at_target``, ``uploads_at_target`` and so on of the
+      first evaluation that reached it, each None where none did.
+    """
+    first = next((point for point in curve if point["test_accuracy"] >= target), {})
+    names = "uploads paper_uplink_bits uplink_bytes downlink_bytes".split()
+    reached = {f"{name}_at_target": first.get(name) for name in names}
+    return {
+        "target_accuracy": target,
+        "iterations_at_target": first.get("iteration"),
+        **reached,
+    }
+
+
+class ResultsError(RuntimeError):
+    """Results on disk do not go with the run that is to be added to them."""
+
+
+class Store:
+    """A directory of results: a folder for each run, and a summary of those that are done."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+
+    @property
+    def summary_path(self) -> pathlib.Path:
+        return self.directory / "summary.json"
+
+    def run(self, name: str) -> "RunFiles":
+        """The files of one run, which need not exist yet."""
+        return RunFiles(self.directory / "runs" / name)
+
+    def runs(self) -> list["RunFiles"]:
+        """All runs that have begun, in the order of their configurations, seeds and methods."""
+        found = [RunFiles(path.parent) for path in self.directory.glob("runs/*/run.json")]
+        return sorted(found, key=lambda files: _order(files.about()))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all runs that are done, in the order of :meth:`runs`."""
+        records = [files.record() for files in self.runs()]
+        return [record for record in records if record is not None]
+
+    def check_config(self, name: str) -> None:
+        """Raises ResultsError if there are runs of another experiment than ``name``."""
+        for files in self.runs():
+            there = files.about()["config"]["name"]
+            if there != name:
+                raise ResultsError(
+                    f"{self.directory} holds results of {there}. Choose another --out for {name}."
+                )
+
+    def write_summary(self) -> None:
+        """Writes all records to ``summary.json``, which is whole at any moment."""
+        write_json(self.summary_path, self.records())
+
+
+class RunFiles:
+    """The folder of one run.
+
+    ``run.json`` says what is run and how; ``curve.jsonl`` has a line for each evaluation;
+    ``checkpoints`` is there while the run is not done, and ``record.json`` and ``params`` (saved by
+    orbax) after it. Nothing in it is ever written over.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+        self.checkpoints_path = directory / "checkpoints"
+        self.params_path = directory / "params"
+        self.curve_path = directory / "curve.jsonl"
+        self._about_path = directory / "run.json"
+        self._record_path = directory / "record.json"
+        self._lock = filelock.FileLock(directory / "lock", timeout=0)
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    def about(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        about = read_json(self._about_path, "name config method seed sessions")
+        try:
+            _order(about)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ResultsError(f"Expected {self._about_path} to be of a run: {error!r}.") from error
+        return about
+
+    def check(self, spec: Mapping[str, Any]) -> None:
+        """Raises ResultsError if the folder holds a run other than ``spec`` describes.
+
+        Another target accuracy or another method's c makes no other run, see :meth:`adopt`.
+        """
+        if not self._about_path.exists():
+            return
+        there, here = _flat(self.about()), _flat(_as_json(spec))
+        del there["sessions"]
+        different = [
+            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+            for key in sorted((there.keys() | here.keys()) - _without_effect(spec))
+            if there.get(key) != here.get(key)
+        ]
+        if different:
+            raise ResultsError(
+                f"{self.directory} holds another run: {'; '.join(different)}. Choose another --out."
+            )
+
+    def adopt(self, spec: Mapping[str, Any]) -> None:
+        """Takes over what of ``spec`` has no effect on the run, also if it is done: asks for what
+        it took to reach another target accuracy."""
+        about, record, config = self.about(), self.record(), _as_json(spec["config"])
+        if about["config"] == config:
+            return
+        write_json(self._about_path, {**about, "config": config})
+        if record is not None:
+            reached = at_target(self.curve(), config["target_accuracy"])
+            write_json(self._record_path, {**record, **reached})
+
+    @contextlib.contextmanager
+    def claimed(self, spec: Mapping[str, Any]) -> Iterator[None]:
+        """Keeps the run to this process; begins it, or goes on with it.
+
+        Raises:
+          ResultsError: the folder holds another run, or another process is at work on it.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise ResultsError(f"Another process is at work on {self.directory}.") from None
+        try:
+            self.check(spec)
+            if not self._about_path.exists():
+                write_json(self._about_path, {**spec, "sessions": []})
+            self._drop_torn_line()
+            yield
+        finally:
+            self._lock.release()
+
+    def add_session(self, session: Mapping[str, Any]) -> None:
+        """Adds where, when and from which round the run is made."""
+        about = self.about()
+        about["sessions"].append(dict(session))
+        write_json(self._about_path, about)
+
+    def append_point(self, point: Point) -> None:
+        """Adds one line to the curve, on disk when this returns.
+
+        A point that is there already, from before the run was stopped, must come again as it was.
+
+        Raises:
+          ResultsError: it does not.
+        """
+        for earlier in reversed(self.curve()):
+            if earlier["iteration"] < point.iteration:
+                break
+            if earlier["iteration"] == point.iteration:
+                if earlier != _as_json(dataclasses.asdict(point)):
+                    raise ResultsError(
+                        f"Round {point.iteration:,} of {self.directory} did not come again as it "
+                        "was before the run was stopped. Is this another machine, or another "
+                        "version of jax? Choose another --out."
+                    )
+                return
+        with self.curve_path.open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(point)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The points of the curve so far."""
+        if not self.curve_path.exists():
+            return []
+        whole, _, _ = self.curve_path.read_text().rpartition("\n")
+        return [_checked(self.curve_path, line, _FIELDS[Point]) for line in whole.splitlines()]
+
+    def record(self) -> dict[str, Any] | None:
+        """The outcome; None while the run is not done."""
+        if not self._record_path.exists():
+            return None
+        return read_json(self._record_path, " ".join(_FIELDS[Record]))
+
+    def finish(self, record: Record) -> None:
+        """Writes the outcome, with what reaching the target took, and removes what was only needed
+        to go on."""
+        target = self.about()["config"]["target_accuracy"]
+        write_json(
+            self._record_path, {**dataclasses.asdict(record), **at_target(self.curve(), target)}
+        )
+        shutil.rmtree(self.checkpoints_path, ignore_errors=True)
+
+    def _drop_torn_line(self) -> None:
+        """Removes the end of a line that a process was writing as it died."""
+        if self.curve_path.exists():
+            text = self.curve_path.read_bytes()
+            os.truncate(self.curve_path, text.rfind(b"\n") + 1)
+
+
+def read_json(path: pathlib.Path, fields: str) -> dict[str, Any]:
+    """Reads a file that holds, among others, the fields named.
+
+    Raises:
+      ResultsError: it does not; the message names the file.
+    """
+    return _checked(path, path.read_text(), fields.split())
+
+
+def _checked(path: pathlib.Path, text: str, fields: Sequence[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ResultsError(f"Expected {path} to be JSON: {error}.") from None
+    known = content if isinstance(content, dict) else {}
+    missing = [field for field in fields if field not in known]
+    if missing:
+        raise ResultsError(f"Expected {path} to hold {', '.join(missing)}.")
+    return content
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a file that is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def session(arguments: Sequence[str]) -> dict[str, Any]:
+    """The command that is running, when it began, on which machine and with which versions."""
+    packages = ("jax", "jaxlib", "optax", "flax", "sasg_jax")
+    return {
+        "command": shlex.join(["python", "-m", "experiments", *arguments]),
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def _without_effect(spec: Mapping[str, Any]) -> set[str]:
+    """Names of what may differ in a run that is the same."""
+    config = spec.get("config", {})
+    own = METHODS[spec["method"]].alpha
+    others = {name for name in config.get("alpha_c", {}) if name != own}
+    return {"config.target_accuracy", *(f"config.alpha_c.{name}" for name in others)}
+
+
+def _order(about: dict[str, Any]) -> tuple[Any, ...]:
+    config = about["config"]
+    return config["name"], about["seed"], list(METHODS).index(about["method"]), config["density"]
+
+
+def _as_json(content: Any) -> Any:
+    """As it comes back from a file: lists for tuples, and so on."""
+    return json.loads(json.dumps(content))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

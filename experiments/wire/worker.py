@@ -1,0 +1,204 @@
+"""One host of ``python -m experiments wire``: does what it is asked, a line at a time.
+
+Each line on standard input is a request in JSON and each line on standard output its answer, so
+that nothing but the messages of the methods (and jax's own signs of life) crosses the network.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import sasg_jax
+from experiments.configs import CONFIGS
+from experiments.methods import METHODS, make_optimizer
+from experiments.training.models import make_model
+from sasg_jax import exchange as exchange_lib
+from sasg_jax.shards import one_shard, per_shard
+from sasg_jax.transform import find_state
+
+PyTree = Any
+
+IMAGE_SHAPES = {"mlp": (28, 28, 1), "resnet18": (32, 32, 3)}
+_AXIS = "workers"
+
+
+def main() -> None:
+    """Answers requests until there are no more."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not get among the answers
+    host: Host | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        action = request.pop("do")
+        if action == "meet":
+            host, answer = Host(**request), {}
+        else:
+            answer = getattr(host, action)(**request)
+        answers.write(json.dumps(answer) + "\n")
+
+
+class Host:
+    """One worker: its device, its data, and the programs of the method that is being measured."""
+
+    def __init__(self, coordinator: str, count: int, index: int, config: str, width: int | None):
+        jax.distributed.initialize(coordinator, count, index)
+        if jax.local_device_count() != 1:
+            raise RuntimeError(f"Expected one device on a host, got {jax.local_devices()}.")
+        chosen = CONFIGS[config]
+        self.config = dataclasses.replace(chosen, num_workers=count, width=width or chosen.width)
+        self.index = index
+        self._mesh = Mesh(np.asarray(jax.devices()), (_AXIS,))
+        self._model = make_model(self.config, num_classes=10)
+        images = jnp.zeros((1, *IMAGE_SHAPES[self.config.model]))
+        key = jax.random.key(0)
+        self._variables = functools.partial(self._model.init, key, images, train=True)
+
+    def prepare(self, method: str, exchange: str, compute: bool) -> dict[str, Any]:
+        """Builds and compiles the programs of one method over one exchange.
+
+        Returns:
+          The ledger, and bytes of the live arrays of the state that this worker has on its device.
+        """
+        config = dataclasses.replace(self.config, exchange=exchange)
+        tx = make_optimizer(config, method)
+        params = jax.eval_shape(self._variables)["params"]
+        # One after another: what of an earlier method is still in memory is not needed.
+        self._state: Any = None
+        self._train_step = self._batches = None
+        self._make_exchange(method, exchange, params)
+        self.exchange_only(True, time.monotonic(), 1)
+        if compute:
+            self._make_train_step(tx)
+            self.whole_round(time.monotonic())
+            self._reset()
+            opt_state = self._state.opt_state
+        else:
+            opt_state = tx.init(self._variables()["params"])
+        state = find_state(opt_state)
+        return {
+            "worker": _local_bytes(state.worker),
+            "server": _local_bytes(state.server),
+            "ledger": sasg_jax.Ledger(opt_state).to_dict(),
+        }
+
+    def whole_round(self, start: float) -> dict[str, Any]:
+        """Makes a round of training: gradients, rule, selection, exchange, step.
+
+        ``start`` is when, on the clock that all hosts on this machine have in common.
+        """
+        assert self._train_step is not None
+        assert self._batches is not None
+        batch = jax.tree.map(self._of_this_worker, next(self._batches))
+        _sleep_until(start)
+        self._state, info = jax.block_until_ready(self._train_step.step(self._state, batch))
+        return {"end": time.monotonic(), "uploaded": bool(_local(info.uploaded)[0])}
+
+    def exchange_only(self, uploaded: bool, start: float, repeats: int) -> dict[str, Any]:
+        """Moves what a round moves, so many times on end, and computes nothing."""
+        flag = self._of_this_worker(np.asarray(uploaded))
+        _sleep_until(start)
+        jax.block_until_ready([self._exchange(*self._messages, flag) for _ in range(repeats)])
+        return {"end": time.monotonic()}
+
+    def _make_train_step(self, tx: optax.GradientTransformation) -> None:
+        has_model_state = "batch_stats" in jax.eval_shape(self._variables)
+
+        def loss_fn(params, batch, *, model_state=None):
+            images, labels = batch
+            variables = {"params": params, "batch_stats": model_state or {}}
+            logits, written = self._model.apply(
+                variables, images, train=True, mutable=["batch_stats"]
+            )
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return (loss, written["batch_stats"]) if has_model_state else loss
+
+        self._train_step = sasg_jax.make_train_step(
+            loss_fn,
+            tx,
+            num_workers=self.config.num_workers,
+            driver="shard_map",
+            devices=jax.devices(),
+            has_model_state=has_model_state,
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        assert self._train_step is not None
+        variables = self._variables()
+        self._state = self._train_step.init(variables["params"], variables.get("batch_stats", {}))
+        self._batches = self._images()
+
+    def _images(self) -> Iterator[PyTree]:
+        """This worker's batches: ten noisy images, one for each class, made up."""
+        shape, size = IMAGE_SHAPES[self.config.model], self.config.batch_size
+        means = np.random.default_rng(0).normal(size=(10, *shape)).astype(np.float32)
+        rng = np.random.default_rng([1, self.index])
+        while True:
+            labels = rng.integers(10, size=size, dtype=np.int32)
+            noise = rng.normal(size=(size, *shape)).astype(np.float32)
+            yield means[labels] + 2 * noise, labels
+
+    def _make_exchange(self, method: str, exchange: str, params: PyTree) -> None:
+        """The collectives of a round, on messages of the sizes that the method's have."""
+        dense, sparse = sasg_jax.identity(), sasg_jax.top_k(self.config.density)
+        up = sparse if METHODS[method].sparse else dense
+        down = sparse if METHODS[method].two_way else dense
+        adaptive, workers, down_of = METHODS[method].alpha, self.config.num_workers, params
+        if exchange == "sharded":
+            up, down_of = per_shard(up, workers), one_shard(params, workers)
+        message, answer = (
+            jax.eval_shape(lambda tree, c=c: c.compress(tree).message, tree)
+            for c, tree in ((up, params), (down, down_of))
+        )
+
+        def on_one_device(message, answer, uploaded):
+            message, answer, uploaded = jax.tree.map(lambda x: x[0], (message, answer, uploaded))
+            if exchange == "psum":
+                result = exchange_lib.psum(message, _AXIS)
+            else:
+                used = exchange_lib.SERVED[exchange]
+                flags = used.tell(uploaded, _AXIS) if adaptive else None
+                rows = used.collect(message, flags, _AXIS)
+                result = rows, used.spread(answer, _AXIS)
+            # An entry of each array, so that what arrives is not copied once more to be returned.
+            return jax.tree.map(lambda x: x.reshape(-1)[:1], result)
+
+        split = PartitionSpec(_AXIS)
+        over = {"mesh": self._mesh, "in_specs": split, "out_specs": split, "check_vma": False}
+        self._exchange = jax.jit(jax.shard_map(on_one_device, **over))
+        self._messages = jax.tree.map(
+            lambda s: self._of_this_worker(np.ones(s.shape, s.dtype)), (message, answer)
+        )
+
+    def _of_this_worker(self, x: np.ndarray) -> jax.Array:
+        """A global array with a leading axis over workers, of which this one holds ``x``."""
+        sharding = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+        shape = (self.config.num_workers, *x.shape)
+        return jax.make_array_from_process_local_data(sharding, x[None], shape)
+
+
+def _sleep_until(start: float) -> None:
+    time.sleep(max(0.0, start - time.monotonic()))
+
+
+def _local(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.addressable_shards[0].data)
+
+
+def _local_bytes(tree: PyTree) -> int:
+    return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
+
+
+if __name__ == "__main__":
+    main()

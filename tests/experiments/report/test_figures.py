@@ -1,0 +1,44 @@
+"""The figure holds every run's curve."""
+
+import dataclasses
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+
+from experiments.configs import CONFIGS
+from experiments.methods import METHODS
+from experiments.report import figures
+from experiments.training.records import Point, Record, Store
+
+
+@pytest.mark.parametrize("methods", [("sgd",), ("sgd", "sparse", "lasg", "sasg", "sasg_two_way")])
+def test_every_run_is_drawn_in_all_six_panels(tmp_path, monkeypatch, methods):
+    store = Store(tmp_path)
+    numbers: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(Record)}
+    points: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(Point)}
+    for method in methods:
+        for seed in (1, 2):
+            files = store.run(f"{method}-{seed}")
+            config = dataclasses.asdict(CONFIGS["digits"]) | {"alpha_c": {}, "target_accuracy": 0.9}
+            about = {"name": files.name, "config": config, "method": method, "seed": seed}
+            with files.claimed(about):
+                for i in (1, 2, 3):
+                    changes = {"iteration": i, "test_accuracy": 0.9 + i / 100, "train_loss": 1 / i}
+                    files.append_point(Point(**(points | changes)))
+                files.finish(Record(**numbers))
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    figures.plot_curves(store, tmp_path / "curves.png", "title")
+    (figure,) = kept
+    assert len(figure.axes) == 6
+    for i, axis in enumerate(figure.axes):
+        curves = [line for line in axis.lines if len(line.get_xdata()) == 3]
+        assert len(curves) == 2 * len(methods)
+        key = "accuracy" if i < 3 else "loss"
+        expected = [0.91, 0.92, 0.93] if key == "accuracy" else [1, 1 / 2, 1 / 3]
+        assert list(curves[0].get_ydata()) == pytest.approx(expected)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == [METHODS[method].label for method in methods]
+    monkeypatch.undo()
+    plt.close(figure)
