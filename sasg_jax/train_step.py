@@ -153,7 +153,7 @@ def make_train_step(
         if mesh is None:
             return copies(*_on_one_device((params, model_state, key)))
         if jax.process_count() > 1:
-            _check_same_everywhere((params, model_state, key))
+            _check_same_everywhere((params, model_state, key), mesh)
         # Every part where the step leaves it, so that the step is compiled once; each process
         # makes those of its own devices.
         given = _to_host((params, model_state, key))
@@ -279,22 +279,28 @@ def _to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(move, tree)
 
 
-def _check_same_everywhere(tree: PyTree) -> None:
+def _check_same_everywhere(tree: PyTree, mesh: Mesh) -> None:
     """Raises ValueError, in every process, where processes start from different values."""
     digest = hashlib.sha256()
     for x in jax.tree.leaves(tree):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
-            digest.update(np.asarray(x).tobytes())
+            x = np.asarray(x)
+            digest.update(f"{x.shape} {x.dtype}".encode() + x.tobytes())
     mine = np.frombuffer(digest.digest(), np.int32)
-    everywhere = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, mine.size)
-    others = [i for i, row in enumerate(everywhere) if not np.array_equal(row, everywhere[0])]
+    # A row for each device: processes may have different numbers of them.
+    devices, split = list(mesh.devices.flat), NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+    shape = len(devices), mine.size
+    rows = jax.make_array_from_callback(shape, split, lambda index: mine[None])
+    rows = np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+    processes = np.array([device.process_index for device in devices])
+    others = sorted(set(processes[(rows != rows[0]).any(1)].tolist()))
     if others:
         raise ValueError(
             "Expected params, model_state and key to be the same in all processes, but those of "
-            f"process {', '.join(map(str, others))} differ from those of process 0. Initialise "
-            "them from the same seed."
+            f"process {', '.join(map(str, others))} differ from those of process {processes[0]}. "
+            "Initialise them from the same seed."
         )
 
 
