@@ -38,7 +38,7 @@ class Config:
     concentration: float = 0.5
     """Of the Dirichlet distribution; smaller is more skewed."""
     exchange: str | None = None
-    """How messages travel, one of ``sasg_jax.exchange.EXCHANGES``; None is the method's own."""
+    """How messages travel, one of ``sasg_jax.exchanges.EXCHANGES``; None: what suits the method."""
     evaluate_every: int = 100
     rounds_per_call: int = 100
     """Rounds in one call of compiled code, which allocates its memory anew each time."""

@@ -12,6 +12,8 @@ from experiments.configs import Config
 if TYPE_CHECKING:
     import optax
 
+    import sasg_jax
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -81,7 +83,7 @@ def learning_rate(config: Config) -> "optax.ScalarOrSchedule":
 
 def make_optimizer(
     config: Config, name: str, *, simulated: bool = False, selection: str = "auto"
-) -> "optax.GradientTransformationExtraArgs":
+) -> "sasg_jax.Transformation":
     """The optimiser of one of :data:`METHODS`.
 
     Where one device simulates all workers, many of them share their stale parameters. ``selection``

@@ -22,7 +22,7 @@ from experiments.training.checkpoints import Checkpoints, Progress
 from experiments.training.inputs import augment, normaliser, pad, partition, stack_workers
 from experiments.training.models import make_model
 from experiments.training.records import Point, Record
-from sasg_jax.transform import find_state
+from sasg_jax.states import find_state
 
 PyTree = Any
 

@@ -21,11 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
 from experiments.configs import CONFIGS
-from experiments.methods import METHODS, make_optimizer
+from experiments.methods import make_optimizer
 from experiments.training.models import make_model
-from sasg_jax import exchange as exchange_lib
-from sasg_jax.shards import one_shard, per_shard
-from sasg_jax.transform import find_state
+from sasg_jax.server import served_shapes
+from sasg_jax.states import find_state
 
 PyTree = Any
 
@@ -76,7 +75,7 @@ class Host:
         # One after another: what of an earlier method is still in memory is not needed.
         self._state: Any = None
         self._train_step = self._batches = None
-        self._make_exchange(method, exchange, params)
+        self._make_exchange(tx.method, params)
         self.exchange_only(True, time.monotonic(), 1)
         if compute:
             self._make_train_step(tx)
@@ -149,28 +148,16 @@ class Host:
             noise = rng.normal(size=(size, *shape)).astype(np.float32)
             yield means[labels] + 2 * noise, labels
 
-    def _make_exchange(self, method: str, exchange: str, params: PyTree) -> None:
+    def _make_exchange(self, method: sasg_jax.Method, params: PyTree) -> None:
         """The collectives of a round, on messages of the sizes that the method's have."""
-        dense, sparse = sasg_jax.identity(), sasg_jax.top_k(self.config.density)
-        up = sparse if METHODS[method].sparse else dense
-        down = sparse if METHODS[method].two_way else dense
-        adaptive, workers, down_of = METHODS[method].alpha, self.config.num_workers, params
-        if exchange == "sharded":
-            up, down_of = per_shard(up, workers), one_shard(params, workers)
-        message, answer = (
-            jax.eval_shape(lambda tree, c=c: c.compress(tree).message, tree)
-            for c, tree in ((up, params), (down, down_of))
-        )
+        used = method.exchange
+        message = method.per_link(method.compressor).message_shapes(params)
+        answer = method.downlink.message_shapes(served_shapes(method, params))
 
         def on_one_device(message, answer, uploaded):
             message, answer, uploaded = jax.tree.map(lambda x: x[0], (message, answer, uploaded))
-            if exchange == "psum":
-                result = exchange_lib.psum(message, _AXIS)
-            else:
-                used = exchange_lib.SERVED[exchange]
-                flags = used.tell(uploaded, _AXIS) if adaptive else None
-                rows = used.collect(message, flags, _AXIS)
-                result = rows, used.spread(answer, _AXIS)
+            flags = used.tell(uploaded, _AXIS) if method.tells else None
+            result = used.collect(message, flags, _AXIS), used.spread(answer, _AXIS)
             # An entry of each array, so that what arrives is not copied once more to be returned.
             return jax.tree.map(lambda x: x.reshape(-1)[:1], result)
 

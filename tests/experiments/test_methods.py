@@ -8,10 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-import sasg_jax
 from experiments.configs import CONFIGS
 from experiments.methods import EXCHANGES, METHODS, learning_rate, make_optimizer
-from sasg_jax import exchange as library
+from sasg_jax import exchanges as library
 
 CIFAR = CONFIGS["cifar10_resnet18"]
 
@@ -33,15 +32,16 @@ def test_methods_send_what_the_table_says(name):
     method = METHODS[name]
     state: Any = make_optimizer(CONFIGS["mnist_fc"], name).init({"w": jnp.zeros(1000)})
     # 1,000 entries: 4,000 bytes dense; 10 values of 4 bytes and indices of 2 at 1 %.
-    assert state.wire == sasg_jax.WireSizes(
-        num_workers=10,
-        upload_bytes=60 if method.sparse else 4000,
-        upload_paper_bits=32 * (10 if method.sparse else 1000),
-        flag_bytes=int(method.alpha is not None),
-        downlink_bytes=60 if method.two_way else 4000,
-        exchange="psum" if name == "sgd" else "gather",
-    )
-    assert len(state.server.history) == (10 if method.alpha else 0)
+    assert state.wire.num_workers == 10
+    assert state.wire.upload_bytes == (60 if method.sparse else 4000)
+    assert state.wire.upload_paper_bits == 32 * (10 if method.sparse else 1000)
+    assert state.wire.flag_bytes == int(method.alpha is not None)
+    assert state.wire.downlink_bytes == (60 if method.two_way else 4000)
+    exchange = "server" if method.two_way else "lazy" if method.alpha else "gather"
+    assert state.wire.exchange == ("psum" if name == "sgd" else exchange)
+    assert bool(state.server.rule) == bool(method.alpha)
+    if method.alpha:
+        assert len(state.server.rule.history) == 10
 
 
 @pytest.mark.parametrize("name", METHODS)

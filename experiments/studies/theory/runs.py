@@ -124,8 +124,8 @@ def _observe(problem, method, learning_rate, g, before, after, t) -> Observation
     """What is seen in round t, given every worker's gradient and parameters and state around it."""
     (params, old), (new_params, new) = before, after
     sparse, adaptive = METHODS[method].sparse, METHODS[method].alpha
-    old_residual = old.worker.residual if sparse else jnp.zeros_like(g)
-    residual = new.worker.residual if sparse else jnp.zeros_like(g)
+    old_residual = old.worker.feedback.residual if sparse else jnp.zeros_like(g)
+    residual = new.worker.feedback.residual if sparse else jnp.zeros_like(g)
     uploaded = new.worker.uploaded
     part = learning_rate * g  # of the step of v
     compression = innovation = 0.0
@@ -134,10 +134,10 @@ def _observe(problem, method, learning_rate, g, before, after, t) -> Observation
         compressor = sasg_jax.top_k(DENSITY) if sparse else sasg_jax.identity()
         decode = jax.vmap(lambda message: compressor.decompress(message, problem.start))
         sent = part + old_residual
-        left_out = _squared_norms(sent - decode(new.server.messages))
+        left_out = _squared_norms(sent - decode(new.server.memory))
         compression = jnp.where(uploaded, left_out / _squared_norms(sent), 0)
-        part = jnp.where(uploaded[:, None], part, decode(old.server.messages))
-        moved = _squared_norms(params[None] - old.worker.stale_params)
+        part = jnp.where(uploaded[:, None], part, decode(old.server.memory))
+        moved = _squared_norms(params[None] - old.worker.rule.stale_params)
         innovation = jnp.where(moved > 0, new.worker.innovation / moved, 0)
         free = (old.worker.staleness < MAX_STALENESS) & (t >= HISTORY)
     v, new_v = params - old_residual.mean(0), new_params - residual.mean(0)

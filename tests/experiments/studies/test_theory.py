@@ -1,5 +1,6 @@
 """The theory's numbers hold, are what a plain NumPy loop sees, and find broken methods out."""
 
+import dataclasses
 import itertools
 import json
 
@@ -318,11 +319,11 @@ def test_without_error_feedback(monkeypatch):
     def forgetful(density, **kwargs):
         compressor = top_k(density, **kwargs)
 
-        def compress(tree, memory=None):
-            made = compressor.compress(tree, memory)
+        def compress(tree, memory, key):
+            made = compressor.compress(tree, memory, key)
             return made._replace(remainder=jax.tree.map(jnp.zeros_like, tree))
 
-        return compressor._replace(compress=compress)
+        return dataclasses.replace(compressor, compress=compress)
 
     monkeypatch.setattr("sasg_jax.algorithms.top_k", forgetful)
     broken = broken_checks()
@@ -351,15 +352,15 @@ def first_k():
     top_k = sasg_jax.top_k
 
     def first_k(density, **kwargs):
-        def compress(x, memory=None):
-            message, _, memory = top_k(density, **kwargs).compress(x, memory)
+        def compress(x, memory, key):
+            message, _, memory = top_k(density, **kwargs).compress(x, memory, key)
             indices = jnp.arange(message[0].indices.size)
             first = message[0]._replace(
                 values=x[indices], indices=indices.astype(message[0].indices.dtype)
             )
             return Compressed((first,), x.at[indices].set(0), memory)
 
-        return top_k(density, **kwargs)._replace(compress=compress)
+        return dataclasses.replace(top_k(density, **kwargs), compress=compress)
 
     return first_k
 
