@@ -7,7 +7,6 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 # Arguments that fix shapes or control flow. optax.inject_hyperparams turns every number that is
@@ -27,10 +26,10 @@ def require(ok: Any, name: str, value: Any, allowed: str) -> None:
 
 
 def _reject_traced(name: str, value: Any) -> None:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array):
         raise TypeError(
             f"Expected {name} to be a Python number that is known when the transformation is "
-            f"built, got the traced value {value}. Under optax.inject_hyperparams, pass "
+            f"built, got the array {value}. Under optax.inject_hyperparams, pass "
             f"static_args={STATIC_ARGUMENTS!r} (those that the optimiser has)."
         )
 
