@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 # Arguments that fix shapes or control flow. optax.inject_hyperparams turns every number that is
@@ -25,8 +26,8 @@ def require(ok: Any, name: str, value: Any, allowed: str) -> None:
         raise expected(name, value, allowed)
 
 
-def _reject_traced(name: str, value: Any) -> None:
-    if isinstance(value, jax.Array):
+def _reject_traced(name: str, value: Any, kinds: Any = jax.Array) -> None:
+    if isinstance(value, kinds):
         raise TypeError(
             f"Expected {name} to be a Python number that is known when the transformation is "
             f"built, got the array {value}. Under optax.inject_hyperparams, pass "
@@ -82,7 +83,7 @@ def check_key(key: Any) -> Any:
     """A PRNG key as a typed one, or None."""
     if key is None:
         return None
-    _reject_traced("key", key)
+    _reject_traced("key", key, jax.core.Tracer)
     try:
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         key = jax.random.clone(key) if typed else jax.random.wrap_key_data(key)
