@@ -1,5 +1,6 @@
 """Uploads and bytes, counted on the host in Python integers, which never overflow or round."""
 
+import copy
 import dataclasses
 import warnings
 from typing import Any
@@ -8,11 +9,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sasg_jax._checks import check_choice, check_int, expected
+from sasg_jax._checks import check_choice, check_int, require
 from sasg_jax.exchanges import EXCHANGES, Traffic
+from sasg_jax.numerics import PyTree
 from sasg_jax.states import Wire, find_state
-
-PyTree = Any
 
 
 class Ledger:
@@ -47,13 +47,10 @@ class Ledger:
         self._wire = wire
         self._staleness = np.full(wire.num_workers, wire.max_staleness)
         self._silent_rounds, self._warned = 0, False
-        self.uploads_by_worker = [0] * self._wire.num_workers
-        self.rounds_by_uploads = [0] * (self._wire.num_workers + 1)
-        """Entry u is the number of rounds in which u workers uploaded."""
-        self.presences = 0
-        """Over all rounds, how many workers took part."""
-        self.model_state_bytes = 0
-        """Bytes of model state (BatchNorm statistics) that were averaged over workers."""
+        self.uploads_by_worker = [0] * wire.num_workers
+        self.rounds_by_uploads = [0] * (wire.num_workers + 1)  # entry u: with u uploads
+        self.presences = 0  # over all rounds, how many workers took part
+        self.model_state_bytes = 0  # of model state (BatchNorm statistics) that was averaged
 
     def record(self, uploaded: Any, present: Any = None) -> None:
         """Adds rounds.
@@ -64,10 +61,8 @@ class Ledger:
           uploaded: who uploaded. ``# shape=(M,) or (rounds, M), dtype=bool`` Where all always
             upload and nobody tells, every message is sent, also one that a refused gradient has
             left empty: who is present counts as having uploaded.
-          present: who took part; None for all. Shape and dtype as ``uploaded``.
-
-        Raises:
-          ValueError: another shape or dtype.
+          present: who took part; None for all. Another shape or dtype than that of ``uploaded`` is
+            a ValueError.
 
         Warns:
           UserWarning: once, when in ``2 max_staleness`` rounds in which the rule was asked it has
@@ -79,8 +74,7 @@ class Ledger:
             raise ValueError(
                 f"Expected present to have the shape of uploaded, {flags.shape}, got {there.shape}."
             )
-        if not self._wire.flag_bytes:
-            flags = there
+        flags = flags if self._wire.flag_bytes else there
         for worker, uploads in enumerate(flags.sum(0)):
             self.uploads_by_worker[worker] += int(uploads)
         for uploads in flags.sum(1):
@@ -139,16 +133,17 @@ class Ledger:
     @property
     def uplink_bytes(self) -> int:
         """Values, indices and flags that workers send to the server."""
-        flags = self.presences * self._wire.flag_bytes
-        return self.uploads * self._wire.upload_bytes + flags
+        wire = self._wire
+        return self.uploads * wire.upload_bytes + self.presences * wire.flag_bytes
 
     @property
     def downlink_bytes(self) -> int:
         """What the server sends: its step to every worker in every round, or, with the exchange
         ``"relay"``, every upload to all other workers."""
-        if self._wire.exchange_object.forwards:
-            return self.uploads * (self._wire.num_workers - 1) * self._wire.upload_bytes
-        return self.rounds * self._wire.num_workers * self._wire.downlink_bytes
+        wire = self._wire
+        if wire.exchange_object.forwards:
+            return self.uploads * (wire.num_workers - 1) * wire.upload_bytes
+        return self.rounds * wire.num_workers * wire.downlink_bytes
 
     @property
     def sent_bytes(self) -> tuple[int, ...]:
@@ -163,33 +158,21 @@ class Ledger:
     def _links(self, direction: int) -> tuple[int, ...]:
         wire = self._wire
         traffic = Traffic(
-            upload_bytes=wire.moved_upload_bytes,
-            downlink_bytes=wire.moved_downlink_bytes,
-            flag_bytes=wire.flag_bytes,
-            uploads_by_worker=self.uploads_by_worker,
-            rounds_by_uploads=self.rounds_by_uploads,
+            *(wire.moved_upload_bytes, wire.moved_downlink_bytes, wire.flag_bytes),
+            *(self.uploads_by_worker, self.rounds_by_uploads),
         )
         return tuple(wire.exchange_object.all_links(traffic)[direction])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything needed to go on counting, for a checkpoint; exact in JSON."""
-        return {
-            "wire": {name: getattr(self._wire, name) for name in _WIRE},
-            "uploads_by_worker": list(self.uploads_by_worker),
-            "rounds_by_uploads": list(self.rounds_by_uploads),
-            "presences": self.presences,
-            "model_state_bytes": self.model_state_bytes,
-        }
+        wire = {name: getattr(self._wire, name) for name in _WIRE}
+        return {"wire": wire, **{name: copy.copy(getattr(self, name)) for name in _COUNTS}}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Ledger":
-        """Restores a ledger that :meth:`to_dict` saved.
-
-        Raises:
-          ValueError: a count is missing or is not a non-negative integer.
-        """
-        names = ("wire", "uploads_by_worker", "rounds_by_uploads", "presences", "model_state_bytes")
-        if missing := set(names) - saved.keys():
+        """Restores what :meth:`to_dict` saved; ValueError where a count is missing or is not
+        a non-negative integer."""
+        if missing := {"wire", *_COUNTS} - saved.keys():
             raise ValueError(f"Expected saved to have the keys {sorted(missing)}.")
         wire = dict(saved["wire"])
         if wire.keys() != set(_WIRE):
@@ -198,22 +181,20 @@ class Ledger:
         sizes: Any = {k: check_int(f"wire[{k!r}]", v, minimum=0) for k, v in wire.items()}
         ledger = cls.__new__(cls)
         ledger._start(Wire(**sizes, exchange=name))
-        workers = ledger._wire.num_workers
-        ledger.uploads_by_worker = _counts("uploads_by_worker", saved, workers)
-        ledger.rounds_by_uploads = _counts("rounds_by_uploads", saved, workers + 1)
-        ledger.presences = check_int("presences", saved["presences"], minimum=0)
-        ledger.model_state_bytes = check_int(
-            "model_state_bytes", saved["model_state_bytes"], minimum=0
-        )
+        for name in _COUNTS:
+            setattr(ledger, name, _counted(name, saved[name], getattr(ledger, name)))
         return ledger
 
 
 # What a ledger needs of the wire; the rest is for errors.
 _WIRE = [f.name for f in dataclasses.fields(Wire) if f.name not in ("method", "custom_exchange")]
+_COUNTS = ("uploads_by_worker", "rounds_by_uploads", "presences", "model_state_bytes")
 
 
-def _counts(name: str, saved: dict[str, Any], length: int) -> list[int]:
-    counts = list(saved[name])
-    if len(counts) != length:
-        raise expected(name, counts, f"to have {length} entries")
+def _counted(name: str, value: Any, start: Any) -> Any:
+    """``value`` as a count, or as a list of as many counts as ``start`` has."""
+    if not isinstance(start, list):
+        return check_int(name, value, minimum=0)
+    counts = list(value)
+    require(len(counts) == len(start), name, counts, f"to have {len(start)} entries")
     return [check_int(f"{name}[{i}]", count, minimum=0) for i, count in enumerate(counts)]

@@ -1,5 +1,6 @@
 """Norms, products and sums of trees that numbers of any type survive."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,45 +19,36 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def _sum(fn: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
+    leaf = lambda *xs: jnp.sum(fn(*(x.astype(jnp.float32) for x in xs)))
+    return sum(jax.tree.leaves(jax.tree.map(leaf, *trees)), jnp.zeros((), jnp.float32))
+
+
 def squared_norm(tree: PyTree) -> jax.Array:
     """‖x‖² over all leaves. ``# shape=(), dtype=float32``"""
-    leaves = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
-    return sum(leaves, jnp.zeros((), jnp.float32))
+    return _sum(jnp.square, tree)
 
 
 def squared_distance(a: PyTree, b: PyTree) -> jax.Array:
     """‖a - b‖² over all leaves. ``# shape=(), dtype=float32``"""
-
-    def leaf(x, y):
-        return jnp.sum(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)))
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), jnp.zeros((), jnp.float32))
+    return _sum(lambda x, y: jnp.square(x - y), a, b)
 
 
 def squared_distance_if_sound(a: PyTree, b: PyTree) -> jax.Array:
     """As :func:`squared_distance`, but not finite where an entry of ``a`` is beyond about 1e19: to
     look for these costs nothing in the same pass."""
-
-    def leaf(x, y):
-        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        return jnp.sum(jnp.square(x - y) + 0 * jnp.square(x))
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), jnp.zeros((), jnp.float32))
+    return _sum(lambda x, y: jnp.square(x - y) + 0 * jnp.square(x), a, b)
 
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether no entry is NaN or infinite. ``# shape=(), dtype=bool``"""
     # 0 x is 0 for all others, and a sum of floats is added up faster than flags are.
-    return jnp.all(jnp.stack([jnp.sum(0 * x) == 0 for x in jax.tree.leaves(tree)]))
+    return jnp.all(jnp.array([jnp.sum(0 * x) == 0 for x in jax.tree.leaves(tree)], bool))
 
 
 def scale(learning_rate: jax.Array | None, tree: PyTree) -> PyTree:
     """γ x, with the products taken in at least float32; x where there is no rate."""
     if learning_rate is None:
         return tree
-
-    def leaf(x):
-        dtype = wide(x.dtype)
-        return (learning_rate.astype(dtype) * x.astype(dtype)).astype(x.dtype)
-
-    return jax.tree.map(leaf, tree)
+    product = lambda x, dtype: learning_rate.astype(dtype) * x.astype(dtype)
+    return jax.tree.map(lambda x: product(x, wide(x.dtype)).astype(x.dtype), tree)

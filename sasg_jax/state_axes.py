@@ -1,13 +1,10 @@
 """Which parts of an optax state belong to one worker, and which are the same on all.
 
-Under a map over workers every part of an optimiser state that differs between workers needs an axis
-over them. These helpers find those parts in any optax state that contains ours:
-
-- ours are the residual and whatever else is in :class:`sasg_jax.WorkerState`; the server's state is
-  the same everywhere, but for what the ``"sharded"`` exchange keeps of a shard;
-- in ``sasg_jax.pipeline``, ``optax.chain`` and ``optax.named_chain``, what stands before ours sees
+- Of ours, a worker's are what is in :class:`sasg_jax.WorkerState`; the server's state is the same
+  everywhere, but for what the ``"sharded"`` exchange keeps of a shard.
+- In ``sasg_jax.pipeline``, ``optax.chain`` and ``optax.named_chain``, what stands before ours sees
   each worker's own gradients and belongs to the worker; what stands after ours sees the same
-  updates everywhere;
+  updates everywhere.
 - ``optax.masked`` and ``optax.inject_hyperparams`` add nothing that differs.
 """
 
@@ -21,9 +18,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from sasg_jax._checks import check_int
+from sasg_jax.numerics import PyTree
 from sasg_jax.states import AggregateState, PipelineState, ServerState, WorkerState, find_state
-
-PyTree = Any
 
 MULTI_STEPS = (
     "Expected a transformation without optax.MultiSteps around it, which would exchange at every "
@@ -32,10 +28,7 @@ MULTI_STEPS = (
 
 
 def per_worker(opt_state: PyTree) -> PyTree:
-    """Tells for every leaf whether it belongs to one worker.
-
-    Returns:
-      A tree like ``opt_state`` with a bool at every leaf.
+    """Tells for every leaf whether it belongs to one worker: a tree of bools like ``opt_state``.
 
     Raises:
       ValueError: the state does not contain exactly one state of ours, or it contains what cannot
@@ -53,18 +46,14 @@ def per_worker(opt_state: PyTree) -> PyTree:
 
 
 def worker_axes(opt_state: PyTree) -> PyTree:
-    """Axes of the state for ``jax.vmap`` and ``jax.pmap``: 0 for a worker's own parts, else None.
-
-    For ``in_axes`` and ``out_axes`` alike. Raises as :func:`per_worker`.
-    """
+    """Axes of the state for ``jax.vmap`` and ``jax.pmap``, in and out: 0 for a worker's own parts,
+    else None. Raises as :func:`per_worker`."""
     return jax.tree.map(lambda own: 0 if own else None, per_worker(opt_state))
 
 
 def worker_specs(opt_state: PyTree, axis_name: str = "workers") -> PyTree:
-    """Partition specs of the state for ``jax.shard_map``: split over workers, or replicated.
-
-    Raises as :func:`per_worker`.
-    """
+    """Partition specs of the state for ``jax.shard_map``: split over workers, or replicated. Raises
+    as :func:`per_worker`."""
     split, replicated = PartitionSpec(axis_name), PartitionSpec()
     return jax.tree.map(lambda own: split if own else replicated, per_worker(opt_state))
 
@@ -94,20 +83,11 @@ def for_each_worker(num_workers: int) -> Callable[[Any], jax.Array]:
 
 
 def keep_own(opt_state: PyTree, old: PyTree, used: jax.Array) -> PyTree:
-    """Takes back what a round did to a worker's own parts around ours, unless ``used``.
-
-    Args:
-      opt_state: one worker's state after the round.
-      old: its state before.
-      used: whether the worker's direction counted. ``# shape=(), dtype=bool``
-    """
+    """Takes back what a round did to a worker's own parts around ours, unless ``used``: whether the
+    worker's direction counted. ``opt_state`` and ``old`` are its states after and before."""
     is_ours = lambda node: isinstance(node, AggregateState)
-    own = per_worker(opt_state)
-
-    def choose(is_own, new, before):
-        return new if not is_own or is_ours(new) else jnp.where(used, new, before)
-
-    marks = jax.tree.map(lambda node: False if is_ours(node) else node, own, is_leaf=is_ours)
+    choose = lambda own, new, before: jnp.where(used, new, before) if own else new
+    marks = jax.tree.map(lambda x: not is_ours(x) and x, per_worker(opt_state), is_leaf=is_ours)
     return jax.tree.map(choose, marks, opt_state, old)
 
 
@@ -115,7 +95,11 @@ def _mark(node: PyTree) -> PyTree:
     if isinstance(node, WorkerState):
         return _fill(node, True)
     if isinstance(node, AggregateState) and node.wire.exchange_object.sharded:
-        return _mark_children(node)._replace(server=_mark_shards(node.server))
+        # Each worker is the server of one shard, and only it has what is kept of that shard.
+        names = "memory", "downlink_feedback", "downlink_memory"
+        own = {name: _fill(getattr(node.server, name), True) for name in names}
+        server = _fill(node.server, False)._replace(**own)
+        return _mark_children(node)._replace(server=server)
     if isinstance(node, ServerState) or not _contains_ours(node):
         return _fill(node, False)
     if isinstance(node, PipelineState):
@@ -152,17 +136,7 @@ def _refuse(node: PyTree) -> None:
 
 def _mark_chain(nodes: Any) -> list[PyTree]:
     ours = next(i for i, child in enumerate(nodes) if _contains_ours(child))
-    before = [_fill(child, True) for child in nodes[:ours]]
-    return before + [_mark(child) for child in nodes[ours:]]
-
-
-def _mark_shards(server: ServerState) -> PyTree:
-    """Each worker is the server of one shard, and only it has what is kept of that shard."""
-    return _fill(server, False)._replace(
-        memory=_fill(server.memory, True),
-        downlink_feedback=_fill(server.downlink_feedback, True),
-        downlink_memory=_fill(server.downlink_memory, True),
-    )
+    return [_fill(child, True) if i < ours else _mark(child) for i, child in enumerate(nodes)]
 
 
 def _mark_children(node: PyTree) -> PyTree:

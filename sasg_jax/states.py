@@ -2,13 +2,12 @@
 
 import dataclasses
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from sasg_jax.exchanges import EXCHANGES, Exchange
-
-PyTree = Any
+from sasg_jax.numerics import PyTree
 
 
 class WorkerState(NamedTuple):
@@ -44,11 +43,8 @@ class ServerState(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """What crosses between workers and server in a round, known before the first one.
-
-    Static: it holds no arrays, and travels in the state so that a ledger can be made from any
-    optimiser state.
-    """
+    """What crosses between workers and server in a round, known before the first one: static, and
+    in the state so that a ledger can be made from any optimiser state."""
 
     num_workers: int
     upload_bytes: int  # one worker's message: values and indices
@@ -84,42 +80,28 @@ class PipelineState(NamedTuple):
 
 
 class Diagnostics(NamedTuple):
-    """What happened in the last round.
+    """What happened in the last round. In a state with stacked workers, all but the threshold have
+    a leading axis M."""
 
-    The shapes are those that one worker sees; in a state with stacked workers the fields marked
-    "per worker" have a leading axis M.
-    """
-
-    uploaded: jax.Array  # per worker. dtype=jnp.bool_
-    finite: jax.Array  # whether nothing was refused; per worker. dtype=jnp.bool_
-    staleness: jax.Array  # after the round, 1 = just uploaded; per worker. dtype=jnp.int32
-    innovation: jax.Array  # what the rule measured: ‖g - g'‖² for (6), 0 in a forced round; per
-    # worker. dtype=jnp.float32
+    uploaded: jax.Array  # shape=(), dtype=jnp.bool_
+    finite: jax.Array  # whether nothing was refused. shape=(), dtype=jnp.bool_
+    staleness: jax.Array  # after the round, 1 = just uploaded. shape=(), dtype=jnp.int32
+    innovation: jax.Array  # what the rule measured, ‖g - g'‖² for (6), or 0. dtype=jnp.float32
     threshold: jax.Array  # with what it was compared. shape=(), dtype=jnp.float32
 
 
 def diagnostics(opt_state: PyTree) -> Diagnostics:
-    """Reads what happened in the last round from any optax state that contains ours.
-
-    Raises:
-      ValueError: the state does not contain exactly one :class:`AggregateState`.
-    """
-    state = find_state(opt_state)
+    """Reads what happened in the last round from any optax state that contains ours, once; raises
+    ValueError from others."""
+    worker, server, _ = find_state(opt_state)
+    finite = worker.finite & server.finite
     return Diagnostics(
-        uploaded=state.worker.uploaded,
-        finite=state.worker.finite & state.server.finite,
-        staleness=state.worker.staleness,
-        innovation=state.worker.innovation,
-        threshold=state.server.threshold,
+        worker.uploaded, finite, worker.staleness, worker.innovation, server.threshold
     )
 
 
 def find_state(opt_state: PyTree) -> AggregateState:
-    """Returns the one :class:`AggregateState` inside an optax state.
-
-    Raises:
-      ValueError: there is none, or more than one.
-    """
+    """The one :class:`AggregateState` inside an optax state; ValueError unless there is one."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AggregateState))
     found = [node for node in nodes if isinstance(node, AggregateState)]
     if len(found) != 1:
@@ -132,10 +114,7 @@ def find_state(opt_state: PyTree) -> AggregateState:
 
 
 def register_with_flax() -> None:
-    """Lets ``flax.serialization`` save a state, whose static part it would not know.
-
-    Where flax has been imported; the library needs none of it.
-    """
+    """Lets flax, where it has been imported, save a state, whose static part it would not know."""
     if serialization := sys.modules.get("flax.serialization"):
         serialization.register_serialization_state(
             Wire, lambda wire: {}, lambda wire, saved: wire, override=True

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from sasg_jax.numerics import PyTree
 
 SILENCES = ("reuse", "keep", "drop")
 """What a silent worker counts as: its last message again, which the server keeps (the paper's); as
@@ -50,30 +50,16 @@ class Decision(NamedTuple):
     Saves looking once more. shape=(), dtype=jnp.bool_"""
 
 
-def _nothing(*args: Any) -> PyTree:
-    del args
-    return ()
-
-
-def _no_threshold(shared: PyTree, round: Round) -> tuple[jax.Array, PyTree]:
-    del round
-    return jnp.zeros((), jnp.float32), shared
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """Pure functions, e.g. those of :func:`innovation`. Only ``name`` and ``decide`` are needed.
 
     Args:
-      name: what it is called in errors, with its settings.
       decide: ``decision = decide(view)``. A comparison should let NaN upload: what is then sent is
         looked at, and refused if it is not finite.
       max_staleness: an upload is forced when the last one is this many rounds back, and at the
         start; None forces none.
-      always: whether everybody uploads in every round, so that nobody need tell.
-      silence: what a silent worker counts as where the user does not say, one of
-        :data:`SILENCES`.
-      needs_learning_rate: whether it reads ``Round.learning_rate``.
+      silence: what a silent worker counts as by default, one of :data:`SILENCES`.
       init_worker: ``memory = init_worker(params)``: its memory on a worker, before the first round.
       init_shared: ``shared = init_shared(params)``: its memory that is the same on all workers.
       begin: ``threshold, shared = begin(shared, round)``, before anybody decides. Here the step
@@ -82,14 +68,17 @@ class Rule:
       end: ``shared = end(shared, round)``, when all have decided.
     """
 
-    name: str
+    name: str  # in errors, with its settings
     decide: Callable[[View], Decision]
     max_staleness: int | None = None
-    always: bool = False
+    always: bool = False  # everybody uploads in every round, so that nobody need tell
     silence: str = "reuse"
-    needs_learning_rate: bool = False
-    init_worker: Callable[[PyTree], PyTree] = _nothing
-    init_shared: Callable[[PyTree], PyTree] = _nothing
-    begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = _no_threshold
+    needs_learning_rate: bool = False  # it reads Round.learning_rate
+    init_worker: Callable[[PyTree], PyTree] = lambda params: ()
+    init_shared: Callable[[PyTree], PyTree] = lambda params: ()
+    begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = lambda shared, round: (
+        jnp.zeros((), jnp.float32),
+        shared,
+    )
     sent: Callable[[PyTree, PyTree, PyTree, Any], PyTree] = lambda memory, *upload: memory
     end: Callable[[PyTree, Round], PyTree] = lambda shared, round: shared

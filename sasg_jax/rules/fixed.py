@@ -8,27 +8,19 @@ from sasg_jax.rules.base import Decision, Rule
 
 def always() -> Rule:
     """Every worker uploads in every round."""
-    return Rule(
-        name="always()",
-        decide=lambda view: Decision(jnp.asarray(True), jnp.zeros((), jnp.float32)),
-        always=True,
-        silence="keep",
-    )
+    decide = lambda view: Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
+    return Rule(name="always()", decide=decide, always=True, silence="keep")
 
 
 def every(period: int, *, staggered: bool = True) -> Rule:
-    """Every worker uploads in every ``period``-th round.
+    """Every worker uploads in every ``period``-th round: the baseline of rules that look.
 
-    The baseline of the rules that look at something. A silent worker's direction goes into its
-    residual unless ``silence`` says otherwise.
+    A silent worker's direction goes into its residual unless ``silence`` says otherwise.
 
     Args:
-      period: rounds from one upload to the next.
+      period: rounds from one upload to the next, an integer of at least 1, or ValueError.
       staggered: whether workers take turns, worker m in rounds t with ``(t + m) % period == 0``, so
         that every round brings somebody; else all upload in the rounds ``t % period == 0``.
-
-    Raises:
-      ValueError: ``period`` is not an integer of at least 1.
     """
     period = check_int("period", period, minimum=1)
 

@@ -1,15 +1,4 @@
-r"""The paper's rule (6): a worker uploads when its gradient has changed enough.
-
-Worker m stays silent in round t when
-
-.. math::
-    \|g - g'\|^2 \le \frac{1}{M^2} \sum_{d=1}^{D} \alpha_d \|w_{t+1-d} - w_{t-d}\|^2
-
-and its staleness is below ``max_staleness`` and at least D rounds have passed. Here g and g' are
-its gradients at the current and at the stale parameters, on the same batch. Where the learning rate
-is below half of what it was at the worker's last upload, or zero, it uploads, too: the server would
-apply a message of the old rate again. (At a constant rate that never is.)
-"""
+"""The paper's rule (6): a worker uploads when its gradient has changed enough."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sasg_jax._checks import check_bool, check_int, expected, is_real
+from sasg_jax._checks import check_bool, check_int, is_real, require
 from sasg_jax.control_flow import for_all
-from sasg_jax.numerics import squared_distance, squared_distance_if_sound
+from sasg_jax.numerics import PyTree, squared_distance, squared_distance_if_sound
 from sasg_jax.rules.base import Decision, Round, Rule, View
 from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
 
-PyTree = Any
 Alpha = float | Sequence[float] | jax.Array
 AlphaFn = Callable[[Any], Any]
 
@@ -42,7 +30,7 @@ class StaleParams(NamedTuple):
 class StepHistory(NamedTuple):
     """What the rule keeps once for all workers."""
 
-    history: jax.Array  # of record_step. shape=(D,), dtype=jnp.float32
+    history: jax.Array  # past steps' part in the thresholds to come. shape=(D,), dtype=jnp.float32
     step_weights: jax.Array  # α_d of the last round's step. shape=(D,), dtype=jnp.float32
     previous_params: PyTree  # w_{t-1}, like params; () where recent_params has it
     recent_params: PyTree  # of sasg_jax.rules.recent_params; () where each worker keeps its own
@@ -55,18 +43,25 @@ def innovation(
     history: int = 10,
     share_stale_params: bool = False,
 ) -> Rule:
-    """The paper's rule (6): a worker uploads when its gradient has changed enough.
+    r"""The paper's rule (6): a worker uploads when its gradient has changed enough.
 
-    It asks for the gradient once more, at the parameters of the worker's last upload. A round in
-    which every upload is forced does without.
+    Worker m stays silent in round t when
+
+    .. math::
+        \|g - g'\|^2 \le \frac{1}{M^2} \sum_{d=1}^{D} \alpha_d \|w_{t+1-d} - w_{t-d}\|^2
+
+    and its staleness is below ``max_staleness`` and at least D rounds have passed. Here g and g'
+    are its gradients at the current parameters and at those of its last upload, on the same batch;
+    where every upload is forced, g' is not asked for. Where the learning rate is below half of what
+    it was at the worker's last upload, or zero, it uploads, too: the server would apply a message
+    of the old rate again. (At a constant rate that never is.)
 
     Args:
       alpha: the weights α_d. A number, a sequence of ``history`` numbers (the first weighs the
         newest step), or a function of the learning rate that returns either; larger means fewer
         uploads. :func:`released_alpha` is the authors' choice. A step made at a learning rate for
         which it is not finite weighs nothing.
-      max_staleness: an upload is forced when the last one is this many rounds back; 1 means in
-        every round.
+      max_staleness: an upload is forced when the last one is this many rounds back.
       history: D, the number of past steps that the threshold sums over. In the first D rounds
         everybody uploads.
       share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
@@ -101,9 +96,9 @@ def innovation(
         if has_recent:  # in round 0 that is no parameters, but nothing has a weight yet
             previous = read_recent(shared.recent_params, round.number - 1)
         moved = squared_distance(round.params, previous)
-        steps = record_step(shared.history, shared.step_weights, moved, round.num_workers)
-        threshold, steps = take_threshold(steps)
-        return threshold, shared._replace(history=steps)
+        # Weighted when it is made: a change of the learning rate never re-weighs past steps.
+        steps = shared.history + shared.step_weights * moved / round.num_workers**2
+        return steps[0], shared._replace(history=jnp.append(steps[1:], 0.0))  # one round on
 
     def decide(view: View) -> Decision:
         forced = view.forced | (view.round.number < history)
@@ -115,11 +110,10 @@ def innovation(
             return Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
 
         def measure():
+            stale_params = view.memory.stale_params
             if share_stale_params:
                 uploaded_in = view.round.number - view.staleness
                 stale_params = read_recent(view.shared.recent_params, uploaded_in)
-            else:
-                stale_params = view.memory.stale_params
             return squared_distance_if_sound(view.direction, view.reevaluate(stale_params))
 
         # Not NaN in place of what is not measured: jax_debug_nans would report it.
@@ -129,7 +123,6 @@ def innovation(
         return Decision(forced | ~(measured <= view.threshold), measured, jnp.isfinite(found))
 
     def sent(memory: StaleParams, params: PyTree, direction: PyTree, learning_rate: Any):
-        del memory, direction
         rate = jnp.zeros(()) if learning_rate is None else learning_rate
         return StaleParams(() if share_stale_params else params, rate.astype(jnp.float32))
 
@@ -141,12 +134,11 @@ def innovation(
             recent_params=write_recent(shared.recent_params, round.params, round.number),
         )
 
+    sharing = ", share_stale_params=True" if share_stale_params else ""
     return Rule(
-        name=f"innovation(max_staleness={max_staleness}, history={history}"
-        f"{', share_stale_params=True' if share_stale_params else ''})",
+        name=f"innovation(max_staleness={max_staleness}, history={history}{sharing})",
         decide=decide,
         max_staleness=max_staleness,
-        silence="reuse",
         needs_learning_rate=callable(alpha),
         init_worker=init_worker,
         init_shared=init_shared,
@@ -165,8 +157,8 @@ def released_alpha(c: float, num_workers: int) -> AlphaFn:
     >>> released_alpha(0.5, num_workers=10)(0.05)
     100.0
     """
-    if not is_real(c) or not (math.isfinite(c) and c >= 0):
-        raise expected("c", c, "to be a finite number of at least 0")
+    is_right = is_real(c) and math.isfinite(c) and c >= 0
+    require(is_right, "c", c, "to be a finite number of at least 0")
     num_workers = check_int("num_workers", num_workers, minimum=1)
     return lambda learning_rate: c * num_workers / learning_rate
 
@@ -175,10 +167,7 @@ def weights(alpha: Alpha | AlphaFn, learning_rate: Any, history: int) -> jax.Arr
     """The α_d that the step made with ``learning_rate`` gets. ``# shape=(D,), dtype=float32``
 
     Zero where alpha is a function that is not finite there, or negative: a rate that has decayed to
-    zero, or below it by a rounding.
-
-    Raises:
-      ValueError: alpha is a function and returned a wrong shape.
+    zero, or below it by a rounding. ValueError where it returned a wrong shape.
     """
     if callable(alpha):
         alpha = jnp.asarray(alpha(learning_rate), jnp.float32)
@@ -187,44 +176,20 @@ def weights(alpha: Alpha | AlphaFn, learning_rate: Any, history: int) -> jax.Arr
     return jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (history,))
 
 
-def record_step(
-    history: jax.Array, step_weights: jax.Array, step_squared_norm: jax.Array, num_workers: int
-) -> jax.Array:
-    """Adds what a step will weigh in the thresholds of the D rounds after it.
-
-    The history is weighted when it is made: entry j is the part of the threshold of the j-th round
-    from now that past steps have settled, so a change of the learning rate never re-weighs them.
-
-    Args:
-      history: ``# shape=(D,), dtype=float32``
-      step_weights: α_d from :func:`weights`. ``# shape=(D,), dtype=float32``
-      step_squared_norm: ‖w_{t+1} − w_t‖². ``# shape=(), dtype=float32``
-      num_workers: M.
-    """
-    return history + step_weights * step_squared_norm / num_workers**2
-
-
-def take_threshold(history: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """This round's threshold, and the history moved on by one round."""
-    return history[0], jnp.append(history[1:], 0.0)
-
-
 def _check_alpha(alpha: Any, history: int) -> None:
     if isinstance(alpha, jax.core.Tracer):  # only its shape is known
-        _check_alpha_shape(alpha, alpha.shape, history)
-        return
-    allowed = "to be a number, a sequence of numbers, or a function of the learning rate"
+        return _check_alpha_shape(alpha, alpha.shape, history)
     try:
         values = np.asarray(alpha)
     except ValueError:  # a ragged sequence
-        raise expected("alpha", alpha, allowed) from None
-    if values.dtype.kind not in "iuf":
-        raise expected("alpha", alpha, allowed)
+        values = np.asarray("ragged")
+    allowed = "to be a number, a sequence of numbers, or a function of the learning rate"
+    require(values.dtype.kind in "iuf", "alpha", alpha, allowed)
     _check_alpha_shape(alpha, values.shape, history)
-    if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise expected("alpha", alpha, "to be finite and at least 0")
+    is_right = np.isfinite(values).all() and (values >= 0).all()
+    require(is_right, "alpha", alpha, "to be finite and at least 0")
 
 
 def _check_alpha_shape(alpha: Any, shape: tuple[int, ...], history: int) -> None:
-    if shape not in ((), (history,)):
-        raise expected("alpha", alpha, f"to be one number or history={history} numbers")
+    allowed = f"to be one number or history={history} numbers"
+    require(shape in ((), (history,)), "alpha", alpha, allowed)

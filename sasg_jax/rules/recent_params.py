@@ -5,38 +5,25 @@ that all workers had, at most ``max_staleness`` rounds ago: where one device sim
 a ring of that length takes the place of a copy for each.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-PyTree = Any
+from sasg_jax.numerics import PyTree
 
 
 def init_recent(params: PyTree, max_staleness: int) -> PyTree:
-    """An empty ring.
-
-    Its length is one less than ``max_staleness``, with a leading axis of that: a worker whose last
-    upload is as far back as ``max_staleness`` uploads anyway, and asks for no parameters. With
-    ``max_staleness`` 1, where nobody ever asks, it is ``()``.
-    """
+    """An empty ring, with a leading axis of ``max_staleness - 1``: a worker whose last upload is as
+    far back as ``max_staleness`` uploads anyway. () where nobody ever asks, with ``max_staleness``
+    1."""
     if max_staleness == 1:
         return ()
     return jax.tree.map(lambda x: jnp.zeros((max_staleness - 1, *x.shape), x.dtype), params)
 
 
 def read_recent(recent: PyTree, round: jax.Array) -> PyTree:
-    """The parameters before round ``round``, of those that the ring still has.
-
-    Args:
-      recent: the ring.
-      round: at most its length before the current one. ``# shape=(), dtype=int32``
-    """
-
-    def read(rows):
-        return lax.dynamic_index_in_dim(rows, round % rows.shape[0], keepdims=False)
-
+    """The parameters before round ``round``, at most the ring's length before the current one."""
+    read = lambda rows: lax.dynamic_index_in_dim(rows, round % rows.shape[0], keepdims=False)
     return jax.tree.map(read, recent)
 
 
