@@ -5,7 +5,7 @@ rules, feedback, compressors, coders and exchanges, of which :func:`sasg_jax.com
 :func:`sasg_jax.aggregate` make a method. See :mod:`sasg_jax.algorithms` for the named ones.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib.metadata
 
 from sasg_jax import exchanges
 from sasg_jax.algorithms import lasg, sasg, sgd, sparse_sgd
@@ -34,8 +34,8 @@ from sasg_jax.transform import Transformation, aggregate, compressed_sgd, pipeli
 from sasg_jax.worker import Post, init_worker, worker_half
 
 try:
-    __version__ = version("sasg_jax")
-except PackageNotFoundError:  # run from a folder that was never installed
+    __version__ = importlib.metadata.version("sasg_jax")
+except importlib.metadata.PackageNotFoundError:  # run from a folder that was never installed
     __version__ = "0+unknown"
 
 __all__ = [

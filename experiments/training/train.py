@@ -341,7 +341,8 @@ class _Run:
 
 def chunk_size(config: Config) -> int | None:
     """How many simulated workers compute at a time: as many as divide them, but not too many."""
-    if config.num_workers <= _LARGEST_CHUNK or config.exchange == "sharded":
+    exchange = sasg_jax.exchanges.EXCHANGES.get(config.exchange or "")
+    if config.num_workers <= _LARGEST_CHUNK or (exchange and exchange.sharded):
         return None
     sizes = range(1, _LARGEST_CHUNK + 1)
     return max(size for size in sizes if config.num_workers % size == 0)

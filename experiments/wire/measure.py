@@ -176,8 +176,9 @@ class Measurement:
 
     def of_a_worker(self, by_host: Sequence[float]) -> float:
         """The mean over workers, without worker 0 where it is the server."""
-        workers = by_host[1:] if self.exchange in ("server", "relay") else by_host
-        return statistics.mean(workers)
+        from sasg_jax.exchanges import EXCHANGES
+
+        return statistics.mean(by_host[EXCHANGES[self.exchange].has_root :])
 
     @property
     def compute_ms(self) -> float | None:
@@ -306,7 +307,9 @@ def wire_tables(title: str, measurements: Sequence[Measurement]) -> list[Table]:
         "of a round. Faster: the exchange of SGD over psum takes so many times as long. State, on "
         "one device: residual and stale parameters; last messages and the residual of the way down."
     )
-    dense = [m for m in measurements if (m.method, m.exchange) == ("sgd", "psum")]
+    from sasg_jax.exchanges import EXCHANGES
+
+    dense = [m for m in measurements if EXCHANGES[m.exchange].sums]
     for m in measurements:
         name = METHODS[m.method].label, m.exchange
         sizes = [sum(m.ledger_sent), m.kernel_total]

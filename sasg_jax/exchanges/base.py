@@ -88,6 +88,7 @@ class Exchange:
     mean: Callable[..., PyTree] | None = None
     sums: bool = False  # what it collects is the sum of the messages
     sharded: bool = False  # each worker serves its own shard, and has server memory of its own
+    has_root: bool = False  # worker 0 alone gets the uploads
     forwards: bool = False  # in the paper's picture the server forwards uploads, not a step
 
     def all_links(self, traffic: Traffic) -> Links:

@@ -44,5 +44,6 @@ RELAY = Exchange(
     links=_links,
     tell=tell_through_root,
     flag_links=tell_through_root_links,
+    has_root=True,
     forwards=True,
 )

@@ -54,4 +54,5 @@ SERVER = Exchange(
     flag_links=tell_through_root_links,
     serve=_serve_at_root,
     spread=_spread_from_root,
+    has_root=True,
 )
