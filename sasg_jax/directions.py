@@ -62,23 +62,22 @@ def gradient(
     """The gradient of the loss, or the mean of several.
 
     Args:
-      loss_fn: one worker's loss, ``loss_fn(params, batch)``. With ``has_model_state`` it also gets
-        ``model_state=``, and with ``has_key`` a fresh ``key=``, the same for the gradient at the
-        current and at other parameters. It returns ``loss``, or ``(loss, aux)`` with ``has_aux``,
-        ``(loss, new_model_state)`` with ``has_model_state``, and ``(loss, (new_model_state, aux))``
-        with both.
+      loss_fn: one worker's loss, ``loss_fn(params, batch)``. With ``has_model_state`` (BatchNorm
+        statistics, say) it also gets ``model_state=``, and with ``has_key`` a fresh ``key=``, the
+        same for the gradient at the current and at other parameters. It returns ``loss``, or
+        ``(loss, aux)`` with ``has_aux``, ``(loss, new_model_state)`` with ``has_model_state``, and
+        ``(loss, (new_model_state, aux))`` with both.
       accumulate: how many gradients are added up before anything is sent, in place of
         ``optax.MultiSteps``. With more than 1 every leaf of a worker's batch has a leading axis of
         that many.
-      has_aux: whether ``loss_fn`` returns auxiliary values.
-      has_model_state: whether the model has state, e.g. BatchNorm statistics.
-      has_key: whether ``loss_fn`` needs random numbers.
+      has_aux, has_model_state, has_key: what ``loss_fn`` returns and takes.
 
     Raises:
       ValueError: an argument is out of its range.
     """
     accumulate = check_int("accumulate", accumulate, minimum=1)
-    value_and_grad = _value_and_grad(loss_fn, has_aux, has_model_state, has_key)
+    has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
+    value_and_grad = _value_and_grad(loss_fn, **has)
 
     def one(params, own, model_state, key, batch):
         (loss, (model_state, aux)), grads = value_and_grad(params, model_state, key, batch)
@@ -106,9 +105,7 @@ def gradient(
         evaluate=one if accumulate == 1 else several,
         steps=None if accumulate == 1 else accumulate,
         gradients=accumulate,
-        has_aux=has_aux,
-        has_model_state=has_model_state,
-        has_key=has_key,
+        **has,
     )
 
 
@@ -132,9 +129,7 @@ def local_steps(
       loss_fn: as in :func:`gradient`.
       inner: the worker's own optimiser. Its state stays with the worker, from round to round.
       steps: H. Every leaf of a worker's batch has a leading axis of H.
-      has_aux: as in :func:`gradient`.
-      has_model_state: as in :func:`gradient`.
-      has_key: as in :func:`gradient`.
+      has_aux, has_model_state, has_key: as in :func:`gradient`.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -147,7 +142,8 @@ def local_steps(
     if not isinstance(inner, optax.GradientTransformation):
         raise expected("inner", inner, "to be an optax optimiser")
     inner = optax.with_extra_args_support(inner)
-    value_and_grad = _value_and_grad(loss_fn, has_aux, has_model_state, has_key)
+    has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
+    value_and_grad = _value_and_grad(loss_fn, **has)
 
     def evaluate(params, own, model_state, key, batch):
         def step(carried, step_input):
@@ -166,15 +162,7 @@ def local_steps(
         delta = jax.tree.map(jnp.subtract, params, local)
         return Evaluation(delta, own, model_state, losses.mean(), aux)
 
-    return Direction(
-        init=inner.init,
-        evaluate=evaluate,
-        steps=steps,
-        gradients=steps,
-        has_aux=has_aux,
-        has_model_state=has_model_state,
-        has_key=has_key,
-    )
+    return Direction(init=inner.init, evaluate=evaluate, steps=steps, gradients=steps, **has)
 
 
 def as_direction(loss_fn: Any, **has: bool) -> Direction:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from sasg_jax.exchanges.shards import one_shard
@@ -54,9 +55,8 @@ def init_server(method: Method, params: PyTree) -> ServerState:
 
 def served_shapes(method: Method, params: PyTree) -> PyTree:
     """Shapes and dtypes of what one server serves: all, or a shard."""
-    if method.exchange.sharded:
-        return one_shard(params, method.num_workers)
-    return jax.eval_shape(lambda: params)
+    whole = jax.eval_shape(lambda: params)
+    return one_shard(params, method.num_workers) if method.exchange.sharded else whole
 
 
 def server_half(
@@ -66,20 +66,16 @@ def server_half(
     uploaded: jax.Array | None,
     params: PyTree,
 ) -> tuple[PyTree, ServerState]:
-    """The server's half of a round, whoever has brought the messages.
+    """The server's half of a round, whoever has brought the messages: the step, and its new state.
 
-    Not for the exchange ``"sharded"``, where each worker serves a part.
+    The step, like ``params``, is what they lose where the method has a learning rate, and the mean
+    direction where it has none. Not for the exchange ``"sharded"``, where each serves a part.
 
     Args:
-      method: its parts.
-      server: the server's state.
+      method, server: the parts, and the server's state.
       messages: of all workers, with a leading axis M; or one row, their sum, where they add up.
       uploaded: which of them count; None for all. ``# shape=(M,), dtype=bool``
       params: w_t.
-
-    Returns:
-      The step, like ``params``: what the parameters lose where the method has a learning rate, the
-      mean direction where it has none. And the new state.
 
     Guarantees:
       - Conservation: step + new residual of the way down = mean + old residual, bit for bit.
@@ -88,13 +84,7 @@ def server_half(
     return finish(method, server, kept, down, params)
 
 
-def serve(
-    method: Method,
-    server: ServerState,
-    messages: PyTree,
-    uploaded: jax.Array | None,
-    params: PyTree,
-) -> tuple[Kept, PyTree]:
+def serve(method: Method, server: ServerState, messages, uploaded, params) -> tuple[Kept, PyTree]:
     """What happens where the server is: its new memory, and what it sends."""
     fn, kept, operands = served(method, server, params)
     return fn(kept, messages, uploaded, *operands)
@@ -156,13 +146,7 @@ def _send_down(method, kept, step, keys):
 
 
 def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> PyTree:
-    """Replaces the messages of the workers that uploaded.
-
-    Args:
-      messages: the last message of each worker, leading axis M.
-      fresh: this round's messages, leading axis M.
-      uploaded: which of them count. ``# shape=(M,), dtype=bool``
-    """
+    """``messages`` (leading axis M), with the ``fresh`` ones of the workers that uploaded."""
 
     def replace(old, new):
         flags = uploaded.reshape(-1, *(1,) * (new.ndim - 1))
@@ -191,9 +175,5 @@ def finish(
         finite=finite,
         rule=method.rule.end(shared, round),
         threshold=threshold,
-        round=_next(server.round),
+        round=jnp.asarray(optax.safe_increment(server.round)),
     )
-
-
-def _next(round: jax.Array) -> jax.Array:
-    return jnp.where(round < jnp.iinfo(round.dtype).max, round + 1, round)

@@ -33,16 +33,11 @@ class Post(NamedTuple):
 
 def init_worker(method: Method, params: PyTree) -> WorkerState:
     """The state before the first round. A worker that has never uploaded must upload."""
-    return WorkerState(
-        feedback=method.feedback.init(params),
-        compressor_memory=method.per_link(method.compressor).init_memory(params),
-        rule=jax.tree.map(jnp.copy, method.rule.init_worker(params)),  # may be params themselves
-        staleness=jnp.asarray(method.rule.max_staleness or 1, jnp.int32),
-        uploaded=jnp.asarray(False),
-        used=jnp.asarray(False),
-        finite=jnp.asarray(True),
-        innovation=jnp.zeros((), jnp.float32),
-    )
+    no, yes, zero = jnp.asarray(False), jnp.asarray(True), jnp.zeros((), jnp.float32)
+    memory = method.per_link(method.compressor).init_memory(params)
+    rule = jax.tree.map(jnp.copy, method.rule.init_worker(params))  # may be params themselves
+    staleness = jnp.asarray(method.rule.max_staleness or 1, jnp.int32)
+    return WorkerState(method.feedback.init(params), memory, rule, staleness, no, no, yes, zero)
 
 
 def worker_half(
@@ -56,21 +51,16 @@ def worker_half(
     present: Any = True,
     reevaluate: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[WorkerState, Post]:
-    """One worker's half of a round.
+    """One worker's half of a round: its new state, and what goes to the exchange.
 
     Args:
-      method: its parts.
-      worker: the worker's state.
+      method, worker: the parts, and the worker's state.
       server: the server's, before the round. Of it, only what is the same on all workers is read.
-      direction: g, e.g. its gradient at ``params``. Like ``params``.
-      params: w_t.
+      direction, params: g, e.g. its gradient, and w_t, of the same shapes and dtypes.
       index: which worker this is, from 0. ``# shape=(), dtype=int32``
       present: whether it takes part in this round. ``# shape=(), dtype=bool``
       reevaluate: gives the direction at other parameters, on the same batch with the same
         randomness; for rules that ask for it.
-
-    Returns:
-      The new state, and what goes to the exchange.
 
     Guarantees:
       - Conservation: decoded message + new residual = γ g + old residual where it uploads, and new
@@ -86,31 +76,19 @@ def worker_half(
     threshold, shared = method.rule.begin(server.rule, round)
     cap = method.rule.max_staleness
     forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
-    decision = method.rule.decide(
-        View(
-            round=round,
-            worker=index,
-            direction=direction,
-            feedback=worker.feedback,
-            staleness=worker.staleness,
-            memory=worker.rule,
-            shared=shared,
-            threshold=threshold,
-            forced=forced,
-            reevaluate=_missing if reevaluate is None else reevaluate,
-        )
+    view = View(
+        *(round, index, direction, worker.feedback, worker.staleness, worker.rule, shared),
+        *(threshold, forced, _missing if reevaluate is None else reevaluate),
     )
+    decision = method.rule.decide(view)
     wants = present & (forced | decision.upload)
     acts = present if method.keeps else wants
     rate, feedback = round.learning_rate, method.feedback
     fits = _fits(method, acts, decision.sound, direction, worker.feedback, rate)
     uploaded = wants & fits
-    carried, message = update_if(
-        uploaded,
-        _send(method),
-        (worker.feedback, worker.compressor_memory, worker.rule),
-        *(direction, params, rate, method.keys(server.round, index)),
-    )
+    carried = worker.feedback, worker.compressor_memory, worker.rule
+    operands = direction, params, rate, method.keys(server.round, index)
+    carried, message = update_if(uploaded, _send(method), carried, *operands)
     if method.keeps:
         assert feedback.keep is not None
         keep = feedback.keep
@@ -120,15 +98,9 @@ def worker_half(
 
         kept, _ = update_if(acts & fits & ~wants, keep_direction, carried[0], direction, rate)
         carried = kept, *carried[1:]
-    new_worker = WorkerState(
-        *carried,
-        staleness=jnp.where(uploaded, 1, worker.staleness + 1).astype(jnp.int32),
-        uploaded=uploaded,
-        used=acts & fits,
-        finite=fits | ~acts,
-        innovation=decision.measured.astype(jnp.float32),
-    )
-    return new_worker, Post(message, uploaded)
+    staleness = jnp.where(uploaded, 1, worker.staleness + 1).astype(jnp.int32)
+    report = uploaded, acts & fits, fits | ~acts, decision.measured.astype(jnp.float32)
+    return WorkerState(*carried, staleness, *report), Post(message, uploaded)
 
 
 def _send(method: Method) -> Callable[..., tuple[PyTree, PyTree]]:
