@@ -100,7 +100,7 @@ def worker_half(
         carried = kept, *carried[1:]
     staleness = jnp.where(uploaded, 1, worker.staleness + 1).astype(jnp.int32)
     report = uploaded, acts & fits, fits | ~acts, decision.measured.astype(jnp.float32)
-    return WorkerState(*carried, staleness, *report), Post(message, uploaded)
+    return WorkerState(*(*carried, staleness, *report)), Post(message, uploaded)
 
 
 def _send(method: Method) -> Callable[..., tuple[PyTree, PyTree]]:
