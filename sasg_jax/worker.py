@@ -34,11 +34,11 @@ class Post(NamedTuple):
 def init_worker(method: Method, params: PyTree) -> WorkerState:
     """The state before the first round. A worker that has never uploaded must upload."""
     # Each array once: a step may donate them.
-    no, yes, zero = jnp.zeros(2, bool), jnp.asarray(True), jnp.zeros((), jnp.float32)
+    no, yes, zero = jnp.asarray(False), jnp.asarray(True), jnp.zeros((), jnp.float32)
     memory = method.per_link(method.compressor).init_memory(params)
     rule = jax.tree.map(jnp.copy, method.rule.init_worker(params))  # may be params themselves
     staleness = jnp.asarray(method.rule.max_staleness or 1, jnp.int32)
-    return WorkerState(method.feedback.init(params), memory, rule, staleness, *no, yes, zero)
+    return WorkerState(method.feedback.init(params), memory, rule, staleness, no, ~yes, yes, zero)
 
 
 def worker_half(
