@@ -101,7 +101,8 @@ def worker_half(
         carried = kept, *carried[1:]
     staleness = jnp.where(uploaded, 1, worker.staleness + 1).astype(jnp.int32)
     report = uploaded, acts & fits, fits | ~acts, decision.measured.astype(jnp.float32)
-    return WorkerState(*(*carried, staleness, *report)), Post(message, uploaded)
+    new_worker = WorkerState(carried[0], carried[1], carried[2], staleness, *report)
+    return new_worker, Post(message, uploaded)
 
 
 def _send(method: Method) -> Callable[..., tuple[PyTree, PyTree]]:
