@@ -7,8 +7,7 @@ every worker, always        :func:`sgd`                        :func:`sparse_sgd
 only when (6) says so       :func:`lasg`                       :func:`sasg`
 ==========================  =================================  ======================
 
-Each is a complete optimiser with the learning rate inside the compressor: a row of the table of
-parts, :func:`sasg_jax.compressed_sgd`, by name. They share these arguments:
+Each is a row of the table of parts, :func:`sasg_jax.compressed_sgd`, by name. Their arguments:
 
 Args:
   learning_rate: γ, a number above 0 or an optax schedule of the round.

@@ -9,23 +9,15 @@ import optax
 
 from sasg_jax import exchanges as exchanges_lib
 from sasg_jax import feedback as feedback_lib
-from sasg_jax._checks import (
-    check_axis_name,
-    check_choice,
-    check_int,
-    check_key,
-    expected,
-)
+from sasg_jax._checks import check_axis_name, check_choice, check_int, check_key, expected, require
 from sasg_jax.coders import Coder, coded
 from sasg_jax.compressors import Compressor, identity, top_k
 from sasg_jax.exchanges import Exchange, Needs
 from sasg_jax.exchanges.shards import per_shard
 from sasg_jax.feedback import Feedback
-from sasg_jax.rules import SILENCES, Rule, always
-from sasg_jax.rules.base import Round
+from sasg_jax.numerics import PyTree
+from sasg_jax.rules import SILENCES, Round, Rule, always
 from sasg_jax.states import Wire
-
-PyTree = Any
 
 
 class Parts(TypedDict, total=False):
@@ -39,20 +31,15 @@ class Parts(TypedDict, total=False):
     ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a mean
     over those that sent. By default what suits the rule: ``"reuse"`` for
     :func:`sasg_jax.innovation`, ``"keep"`` for :func:`sasg_jax.every`."""
-    coder: Coder | None
-    """How a message is written; as it is by default."""
-    downlink: Compressor | None
-    """Compressor of the way down, e.g. ``top_k(0.01)``; dense by default."""
-    downlink_coder: Coder | None
-    """How the server's message is written."""
+    coder: Coder | None  # how a message is written; as it is by default
+    downlink: Compressor | None  # of the way down, e.g. top_k(0.01); dense by default
+    downlink_coder: Coder | None  # how the server's message is written
     exchange: str | Exchange | None
     """How messages travel, one of :data:`sasg_jax.exchanges.EXCHANGES` by name or an object of
     one's own. By default what suits: ``"server"`` with a ``downlink``; ``"lazy"`` where workers may
     be silent; ``"psum"`` where all always send messages that add up; else ``"gather"``."""
-    key: Any
-    """For a compressor that draws at random. Each round and worker folds it anew."""
-    axis_name: str
-    """Name of the mapped axis over workers, ``"workers"`` by default."""
+    key: Any  # for a compressor that draws at random; each round and worker folds it anew
+    axis_name: str  # of the mapped axis over workers, "workers" by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +93,8 @@ class Method:
         return Round(params, number, self.num_workers, None if rate is None else jnp.asarray(rate))
 
     def keys(self, round: jax.Array, worker: jax.Array) -> tuple[Any, Any]:
-        """Data of the key with which a worker compresses, and of the one that all share.
-
-        As data, since a loop over workers passes arrays of numbers. () without a key.
-        """
+        """Data of the key with which a worker compresses, and of the one that all share; () without
+        one. As data, since a loop over workers passes arrays of numbers."""
         if self.key is None:
             return (), ()
         shared = jax.random.fold_in(self.key, round)
@@ -165,13 +150,8 @@ def make_method(
     key: Any = None,
     axis_name: str = "workers",
 ) -> Method:
-    """Checks the parts of a method and puts them together.
-
-    The arguments are those of :func:`sasg_jax.aggregate`, and a learning rate.
-
-    Raises:
-      ValueError: an argument is out of its range, or does not go with the others.
-    """
+    """Checks the parts of a method and puts them together: those of :func:`sasg_jax.aggregate`, and
+    a learning rate. ValueError where one is out of its range, or does not go with the others."""
     compressor = top_k(0.01) if compressor is None else compressor
     rule = always() if rule is None else rule
     for name, value, kind, maker in (
@@ -198,70 +178,41 @@ def make_method(
     feedback = _default_feedback(up, keeps) if feedback is None else feedback
     means = f"for {compressor.name}, which takes means"
     draws = next((part.name for part in (up, down) if part.random), None)
-    for wrong, name, value, allowed in (
-        (
-            learning_rate is None and rule.needs_learning_rate,
-            "rule",
-            rule,
-            "to have a number or numbers for alpha: as a function of the learning rate it needs an "
-            "optimiser that has one (sasg_jax.sasg, compressed_sgd), and aggregate has none",
-        ),
-        (
-            downlink_coder is not None and downlink is None,
-            "downlink_coder",
-            downlink_coder,
-            "to come with a downlink=...",
-        ),
-        (down.compress_mean is not None, "downlink", down, "to need no means over workers"),
-        (mean_inside and not rule.always, "rule", rule, f"to be always() {means}"),
-        (mean_inside and silence != "keep", "silence", silence, f"to be 'keep' {means}"),
-        (mean_inside and coder is not None, "coder", coder, f"to be None {means}"),
-        (mean_inside and downlink is not None, "downlink", downlink, f"to be None {means}"),
-        (
-            draws is not None and key is None,
-            "key",
-            key,
-            f"to be a PRNG key for {draws}, which draws at random",
-        ),
-        (
-            keeps and feedback.keep is None and not feedback.reconstructs,
-            "silence",
-            silence,
-            f"to be 'reuse' or 'drop' with {feedback.name}, which keeps nothing",
-        ),
-        (
-            feedback.reconstructs and (silence == "drop" or mean_inside),
-            "feedback",
-            feedback,
-            "only where a silent worker counts as what it has sent",
-        ),
-        (
-            up.shares_key and silence == "reuse" and not feedback.reconstructs,
-            "silence",
-            silence,
-            f"to be 'keep' or 'drop' for {up.name}: a last message cannot be decoded with the key "
-            "of another round",
-        ),
-    ):
-        if wrong:
-            raise expected(name, getattr(value, "name", value), allowed)
+
+    def refuse(wrong: Any, name: str, value: Any, allowed: str) -> None:
+        require(not wrong, name, getattr(value, "name", value), allowed)
+
+    allowed = "to have a number or numbers for alpha: as a function of the learning rate it needs "
+    allowed += "an optimiser that has one (sasg_jax.sasg, compressed_sgd), and aggregate has none"
+    refuse(learning_rate is None and rule.needs_learning_rate, "rule", rule, allowed)
+    alone = downlink_coder is not None and downlink is None
+    refuse(alone, "downlink_coder", downlink_coder, "to come with a downlink=...")
+    refuse(down.compress_mean is not None, "downlink", down, "to need no means over workers")
+    refuse(mean_inside and not rule.always, "rule", rule, f"to be always() {means}")
+    refuse(mean_inside and silence != "keep", "silence", silence, f"to be 'keep' {means}")
+    refuse(mean_inside and coder is not None, "coder", coder, f"to be None {means}")
+    refuse(mean_inside and downlink is not None, "downlink", downlink, f"to be None {means}")
+    allowed = f"to be a PRNG key for {draws}, which draws at random"
+    refuse(draws and key is None, "key", key, allowed)
+    lost = keeps and feedback.keep is None and not feedback.reconstructs
+    allowed = f"to be 'reuse' or 'drop' with {feedback.name}, which keeps nothing"
+    refuse(lost, "silence", silence, allowed)
+    uncounted = feedback.reconstructs and (silence == "drop" or mean_inside)
+    allowed = "only where a silent worker counts as what it has sent"
+    refuse(uncounted, "feedback", feedback, allowed)
+    undecodable = up.shares_key and silence == "reuse" and not feedback.reconstructs
+    allowed = f"to be 'keep' or 'drop' for {up.name}: a last message cannot be decoded with the "
+    refuse(undecodable, "silence", silence, allowed + "key of another round")
     silence = "reuse" if feedback.reconstructs else silence
-    needs = Needs(
-        always=not _tells(rule, silence, feedback),
-        linear=up.linear,
-        mean_inside=mean_inside,
-        downlink=downlink is not None,
-    )
+    needs = Needs(not _tells(rule, silence, feedback), up.linear, mean_inside, downlink is not None)
     exchange = exchanges_lib.choose(exchange, needs)
-    return Method(
-        *(up, rule, feedback, silence, down, exchange, num_workers, learning_rate, key, axis_name)
-    )
+    rest = num_workers, learning_rate, key, axis_name
+    return Method(up, rule, feedback, silence, down, exchange, *rest)
 
 
 def _default_feedback(compressor: Compressor, keeps: bool) -> Feedback:
-    if keeps or not (compressor.exact or compressor.unbiased):
-        return feedback_lib.residual()
-    return feedback_lib.none()
+    lossless = compressor.exact or compressor.unbiased
+    return feedback_lib.none() if lossless and not keeps else feedback_lib.residual()
 
 
 def _tells(rule: Rule, silence: str, feedback: Feedback) -> bool:

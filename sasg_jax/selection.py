@@ -11,14 +11,11 @@ set of indices and looks at most entries only to count them:
 Where fewer than k entries lie above the bound and k reach it, as in tensors that are mostly zero or
 have few different magnitudes, those above it and the first that equal it are the k largest. When
 the sample misled (too few entries reach the bound, or too many lie above it), the reference is
-used, so the result is exact for every input.
-
-:func:`approximate_top_k` goes without the sample and the bisection: the threshold of the last
-selection serves again, corrected by how many entries reached it.
+used, so the result is exact for every input. :func:`approximate_top_k` goes without sample and
+bisection: the threshold of the last selection serves again.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,19 +42,13 @@ _CORRECTION = 1 / 12
 
 
 def magnitude_top_k(x: jax.Array, k: int, *, method: str = "auto") -> jax.Array:
-    """Returns the indices of the ``k`` entries of largest magnitude, in no particular order.
+    """The indices of the ``k`` entries of largest magnitude of a vector, in no particular order.
+    ``# shape=(k,), dtype=jnp.int32``
 
     Of entries with equal magnitude those with the lowest index come first, as in
     :func:`jax.lax.top_k`. NaN is smaller than all numbers, so that it is not chosen where there are
-    ``k`` numbers.
-
-    Args:
-      x: vector. ``# shape=(n,)``
-      k: number of indices, 1 <= k <= n.
-      method: ``"lax"``, ``"pruned"``, or ``"auto"``: pruned on the CPU for long vectors.
-
-    Returns:
-      The indices. ``# shape=(k,), dtype=jnp.int32``
+    ``k`` of them. ``method`` is ``"lax"``, ``"pruned"``, or ``"auto"``: pruned on the CPU for long
+    vectors.
     """
     check_choice("method", method, METHODS)
     return METHODS[method](x, k)
@@ -111,26 +102,17 @@ def _pruned(x: jax.Array, k: int) -> jax.Array:
 
 
 def approximate_top_k(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""Returns ``k`` indices of large magnitudes, found with a threshold of an earlier selection.
+    r"""``k`` indices of large magnitudes of a vector, and the threshold for the next selection.
 
-    Where between 0.8 k and k entries reach the threshold, these are chosen, and as many others as
-    are missing from k. Otherwise, and in short vectors, the choice is that of
-    :func:`magnitude_top_k`, and the threshold becomes the k-th largest magnitude.
+    Where between 0.8 k and k entries reach the ``threshold`` of the last selection (0 for none),
+    these are chosen, and as many others as are missing from k. Otherwise, and in short vectors, the
+    choice is that of :func:`magnitude_top_k`, and the threshold becomes the k-th largest magnitude.
 
     Guarantees:
       - Lemma 1 with :math:`\delta = 0.8\,k/n`: what is not chosen has at most :math:`1 - \delta` of
         the sum of squares. (At least 0.8 k entries that are chosen are as large as the threshold,
         and none that is not chosen.)
       - NaN is chosen only where there are fewer than ``k`` numbers.
-
-    Args:
-      x: vector. ``# shape=(n,)``
-      k: number of indices, 1 <= k <= n.
-      threshold: of the last selection, or 0 for none. ``# shape=(), dtype=jnp.float32``
-
-    Returns:
-      The indices, each once and in no particular order, and the threshold for the next selection.
-      ``# shape=(k,), dtype=jnp.int32`` and ``# shape=(), dtype=jnp.float32``
     """
     if not _is_worth_pruning(x, k):
         return magnitude_top_k(x, k), threshold
@@ -171,16 +153,11 @@ def _is_worth_pruning(x: jax.Array, k: int) -> bool:
 def _auto_top_k(x: jax.Array, k: int) -> jax.Array:
     if not _is_worth_pruning(x, k):
         return lax_top_k(x, k)
-    return lax.platform_dependent(
-        x, cpu=lambda x: pruned_top_k(x, k), default=lambda x: lax_top_k(x, k)
-    )
+    pruned, default = lambda x: pruned_top_k(x, k), lambda x: lax_top_k(x, k)
+    return lax.platform_dependent(x, cpu=pruned, default=default)
 
 
-METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
-    "auto": _auto_top_k,
-    "lax": lax_top_k,
-    "pruned": pruned_top_k,
-}
+METHODS = {"auto": _auto_top_k, "lax": lax_top_k, "pruned": pruned_top_k}
 
 
 def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
@@ -189,23 +166,17 @@ def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
     # from its highest bit down, until exactly k entries reach it or it is the k-th largest itself.
     bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
 
-    def undecided(state):
-        bit, _, count = state
-        return (bit > 0) & (count != k)
+    undecided = lambda state: (state[0] > 0) & (state[2] != k)
 
     def decide_bit(state):
         bit, threshold, count = state
         candidate = threshold | bit
         reached = (bits >= candidate).sum()
         enough = reached >= k
-        return (
-            bit >> 1,
-            jnp.where(enough, candidate, threshold),
-            jnp.where(enough, reached, count),
-        )
+        return bit >> 1, jnp.where(enough, candidate, threshold), jnp.where(enough, reached, count)
 
     start = jnp.int32(1 << 30), jnp.int32(0), (bits >= 0).sum()
-    _, threshold, _ = lax.while_loop(undecided, decide_bit, start)
+    threshold = lax.while_loop(undecided, decide_bit, start)[1]
     # Everything above the threshold, then what equals it in order of index, until k are full.
     above, equal = _pack(bits > threshold), _pack(bits == threshold)
     indices, _ = _first_set_bits(jnp.concatenate([above, equal]), k)
@@ -219,10 +190,8 @@ def _pack(mask: jax.Array) -> jax.Array:
 
 
 def _first_set_bits(words: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Positions of the first ``count`` set bits, ascending, and how many are set in all.
-
-    Positions past the number of set bits are in range, and meaningless.
-    """
+    """Positions of the first ``count`` set bits, ascending, and how many are set in all. Positions
+    past that number are in range, and meaningless."""
     ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
     slots = jnp.arange(count, dtype=jnp.int32)
     word = jnp.searchsorted(ends, slots, side="right").astype(jnp.int32)
