@@ -137,6 +137,7 @@ def make_train_step(
 
     def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
         _check_init(direction, params, model_state, key)
+        model_state = model_state if direction.has_model_state else ()  # a model may have none
         _check_no_mesh(driver)
         params = as_params(params)
 
