@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import problems
 import pytest
 from problems import M
@@ -21,6 +20,7 @@ DRIVERS = {
     "pmap": {"driver": "pmap"},
 }
 ON_DEVICES = ("shard_map", "pmap")
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 ALL = np.ones(M, bool)
 BATCH = np.array([[1.0, 2], [0, 1], [3, 3], [-1, 2]], np.float32)
 
@@ -53,7 +53,7 @@ def _train_step(name):
 # What is the caller's -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DRIVERS)
+@pytest.mark.parametrize("name", ["vmap", *ON_DEVICES])
 def test_what_the_caller_has_is_still_there(name):
     """One array stands twice in the parameters, and in the model state."""
     x, y = jnp.ones(6), jnp.ones((2, 3))
@@ -137,6 +137,7 @@ def test_a_mesh_that_is_set_around_is_named(driver, kind):
         train_step.init({"x": jnp.ones(3)})
 
 
+@pytest.mark.slow
 def test_a_mesh_for_the_compiler_may_be_set_around_devices():
     train_step = sasg_jax.make_train_step(_loss, _tx(), num_workers=M, driver="shard_map")
     mesh = jax.make_mesh((M,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -148,7 +149,7 @@ def test_a_mesh_for_the_compiler_may_be_set_around_devices():
 # Of what type they are ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vmap", "chunks", "shard_map"])
+@pytest.mark.parametrize("name", ["chunks", *map(SLOW, ("vmap", "shard_map"))])
 def test_numbers_of_python_and_numpy_are_traced_once(name):
     """They are 32-bit arrays of no weak type from the start, in the ledger too."""
     traces = []
@@ -194,7 +195,7 @@ def test_numpy_scalars_as_settings():
     assert tx.method.learning_rate == 0.5
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("float32", "chunks"), ("float64", "vmap")])
+@pytest.mark.parametrize(("dtype", "name"), [("float64", "vmap"), SLOW("float32", "chunks")])
 def test_with_64_bits_enabled(dtype, name):
     """No part of the state changes its type, and the bytes are those of what is sent."""
     with jax.enable_x64(True):
