@@ -20,13 +20,11 @@ from sasg_jax._checks import as_params, check_learning_rate, check_like, check_m
 from sasg_jax.compressors import Compressor
 from sasg_jax.control_flow import refuse_collectives
 from sasg_jax.method import Method, Parts, make_method
+from sasg_jax.numerics import PyTree
 from sasg_jax.rules import Rule
 from sasg_jax.server import finish, init_server, served
 from sasg_jax.states import AggregateState, PipelineState, register_with_flax
 from sasg_jax.worker import Post, init_worker, worker_half, worker_half_with_mean
-
-PyTree = Any
-GradFn = Callable[[PyTree], PyTree]
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
@@ -38,29 +36,19 @@ class Transformation(optax.GradientTransformationExtraArgs):
     server_part: Callable[..., tuple[PyTree, Any]]
     """``updates, state = server_part(state, kept, down, params, extra_args)``"""
     find_ours: Callable[[Any], AggregateState]
-    """``ours = find_ours(state)``"""
 
 
 class Arrived(Exception):
     """Carries what has come through the transformations before ours to :func:`before_ours`."""
 
-    def __init__(self, updates: PyTree):
-        super().__init__()
-        self.updates = updates
 
-
-def before_ours(
-    tx: optax.GradientTransformationExtraArgs, grads: PyTree, opt_state: PyTree, params: PyTree
-) -> PyTree:
-    """What ``grads`` become on their way to our transformation inside ``tx``.
-
-    So that the gradient with which a worker compares its own has gone through the same. Nothing
-    that stands after ours is run, and no state is changed.
-    """
+def before_ours(tx: Any, grads: PyTree, opt_state: PyTree, params: PyTree) -> PyTree:
+    """What ``grads`` become on their way to our transformation inside ``tx``: what a worker's own
+    gradient has gone through. Nothing after ours is run, and no state is changed."""
     try:
         tx.update(grads, opt_state, params, _return_at_ours=True)
     except Arrived as arrived:
-        return arrived.updates
+        return arrived.args[0]
     raise ValueError("Expected tx to contain a transformation of sasg_jax.")
 
 
@@ -136,14 +124,11 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
     What stands before ours sees each worker's own gradient and belongs to the worker: its state is
     kept as it is in a round in which the worker's gradient counts for nothing. What stands after
     ours sees the same on all workers. The gradient with which a rule compares goes through what
-    stands before, too::
+    stands before, too. ValueError unless exactly one is ours::
 
         tx = sasg_jax.pipeline(
             optax.clip_by_global_norm(1.0), sasg_jax.aggregate(num_workers=8), optax.adamw(3e-4)
         )
-
-    Raises:
-      ValueError: there is not exactly one of ours.
     """
     places = [i for i, tx in enumerate(transformations) if isinstance(tx, Transformation)]
     if len(places) != 1:
@@ -165,12 +150,9 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
     def worker_part(grads, state, params, index, present, grad_fn):
         _check_kind(state, PipelineState)
         passed, new_before = before.update(grads, state.before, params)
-
-        def passed_grad_fn(at):
-            return before.update(grad_fn(at), state.before, at)[0]
-
-        passed_fn = None if grad_fn is None else passed_grad_fn
-        worker, post = ours.worker_part(passed, state.aggregate, params, index, present, passed_fn)
+        pass_on = lambda at: before.update(grad_fn(at), state.before, at)[0]
+        again = None if grad_fn is None else pass_on
+        worker, post = ours.worker_part(passed, state.aggregate, params, index, present, again)
         keep = lambda new, old: jnp.where(ours.find_ours(worker).worker.used, new, old)
         new_before = jax.tree.map(keep, new_before, state.before)
         return PipelineState(new_before, worker, state.after), post
@@ -192,14 +174,10 @@ def _from_method(method: Method) -> Transformation:
         if jax.tree.leaves(params):
             return AggregateState(worker, server, method.wire(params))
         # The placeholder of optax.tree.map_params: one leaf for what is not like params.
-        return AggregateState(
-            worker._replace(compressor_memory=jnp.zeros(())),
-            server._replace(
-                memory=jnp.zeros(()) if method.remembers else server.memory,
-                downlink_memory=jnp.zeros(()),
-            ),
-            cast(Any, jnp.zeros(())),
-        )
+        leaf = jnp.zeros(())
+        memory = leaf if method.remembers else server.memory
+        server = server._replace(memory=memory, downlink_memory=leaf)
+        return AggregateState(worker._replace(compressor_memory=leaf), server, cast(Any, leaf))
 
     def worker_part(grads, state, params, index, present, grad_fn):
         _check_state(method, state)
@@ -218,25 +196,21 @@ def _from_method(method: Method) -> Transformation:
                 raise
             if _find_masked(params) and not _find_masked(again):
                 # optax.masked hides leaves of params that grad_fn gives a gradient for.
-                again = jax.tree.map(
-                    lambda p, g: p if _is_masked(p) else g, params, again, is_leaf=_is_masked
-                )
+                hide = lambda p, g: p if _is_masked(p) else g
+                again = jax.tree.map(hide, params, again, is_leaf=_is_masked)
             check_like("grad_fn(params)", again, params)
             return again
 
-        state_of, arguments = (method, state.worker, state.server), (direction, params)
+        half: Any = worker_half
         if method.compressor.compress_mean is not None:
             assert method.exchange.mean is not None
             mean = functools.partial(method.exchange.mean, axis_name=method.axis_name)
-            worker, message = worker_half_with_mean(
-                *state_of, *arguments, index=index, present=present, mean=mean
-            )
-            post = Post(message, worker.uploaded)
-        else:
-            again = None if grad_fn is None else refuse_collectives(reevaluate, method.axis_name)
-            worker, post = worker_half(
-                *state_of, *arguments, index=index, present=present, reevaluate=again
-            )
+            half = functools.partial(worker_half_with_mean, mean=mean)
+        elif grad_fn is not None:
+            again = refuse_collectives(reevaluate, method.axis_name)
+            half = functools.partial(worker_half, reevaluate=again)
+        states = state.worker, state.server
+        worker, post = half(method, *states, direction, params, index=index, present=present)
         return AggregateState(worker, state.server, state.wire), post
 
     def server_part(state, kept, down, params, extra_args):
@@ -249,18 +223,11 @@ def _from_method(method: Method) -> Transformation:
 
 def _transformation(method, init, worker_part, server_part, find_ours) -> Transformation:
     """``update`` of one worker, with the exchange between the two halves."""
-    axis_name = method.axis_name
+    axis_name, exchange = method.axis_name, method.exchange
 
     def update(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        *,
-        grad_fn: GradFn | None = None,
-        present: jax.Array | None = None,
-        _return_at_ours: bool = False,
-        **extra_args: Any,
-    ) -> tuple[PyTree, Any]:
+        updates, state, params=None, *, grad_fn=None, present=None, _return_at_ours=False, **extra
+    ):
         if _return_at_ours:
             raise Arrived(updates)
         if params is None:
@@ -274,26 +241,19 @@ def _transformation(method, init, worker_part, server_part, find_ours) -> Transf
         index = lax.axis_index(axis_name)
         mine = True if present is None else present[index]
         state, post = worker_part(updates, state, params, index, mine, grad_fn)
-        ours = find_ours(state)
-        kept, down = _join(method, ours.server, post, present, params)
-        return server_part(state, kept, down, params, extra_args)
+        fn, kept, operands = served(method, find_ours(state).server, params)
+        down = post.message  # where the compressor has taken means, that of all
+        if method.compressor.compress_mean is None:
+            flags = exchange.tell(post.uploaded, axis_name) if method.tells else present
+            rows = exchange.collect(down, flags, axis_name)
+            kept, down = exchange.serve(fn, axis_name, kept, rows, flags, *operands)
+            down = exchange.spread(down, axis_name)
+        return server_part(state, kept, down, params, extra)
 
     tx = Transformation(init, update)
     tx.method, tx.find_ours = method, find_ours
     tx.worker_part, tx.server_part = worker_part, server_part
     return tx
-
-
-def _join(method: Method, server, post: Post, present, params):
-    """The exchange between the halves."""
-    exchange, axis_name = method.exchange, method.axis_name
-    fn, kept, operands = served(method, server, params)
-    if method.compressor.compress_mean is not None:  # the mean is made already
-        return kept, post.message
-    flags = exchange.tell(post.uploaded, axis_name) if method.tells else present
-    rows = exchange.collect(post.message, flags, axis_name)
-    kept, down = exchange.serve(fn, axis_name, kept, rows, flags, *operands)
-    return kept, exchange.spread(down, axis_name)
 
 
 def _check_kind(state: Any, kind: type) -> None:
@@ -317,10 +277,8 @@ def _check_state(method: Method, state: Any) -> None:
 
 
 def check_present(present: Any, num_workers: int) -> jax.Array | None:
-    if present is None:
-        return None
-    present = jnp.asarray(present)
-    if present.shape != (num_workers,) or present.dtype != jnp.bool_:
+    present = None if present is None else jnp.asarray(present)
+    if present is not None and (present.shape, present.dtype) != ((num_workers,), jnp.bool_):
         raise ValueError(
             f"Expected present to be of dtype bool and shape ({num_workers},), the same on all "
             f"workers, got {present.dtype} and {present.shape}."
@@ -337,16 +295,10 @@ def _find_masked(tree: PyTree) -> bool:
 
 
 def _check_not_summed(grads: PyTree, axis_name: str) -> None:
-    """Raises where shard_map has already summed the gradients over workers, silently.
-
-    With check_vma=True, the gradient with respect to replicated parameters does not vary over the
-    axis: it is the sum over workers, not this worker's own.
-    """
-
-    def varies(x):
-        return axis_name in jax.typeof(x).manual_axis_type.varying
-
-    if varies(jax.lax.axis_index(axis_name)) and not all(map(varies, jax.tree.leaves(grads))):
+    """Raises where shard_map has already summed the gradients over workers, silently: with
+    check_vma=True, that with respect to replicated parameters does not vary over the axis."""
+    varies = lambda x: axis_name in jax.typeof(x).manual_axis_type.varying
+    if varies(lax.axis_index(axis_name)) and not all(map(varies, jax.tree.leaves(grads))):
         raise ValueError(
             "Expected grads to be this worker's own, got gradients that jax.shard_map has summed "
             f"over axis {axis_name!r}. Pass check_vma=False to jax.shard_map."

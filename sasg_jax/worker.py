@@ -17,11 +17,9 @@ from jax import lax
 from sasg_jax.compressors.base import Compressed
 from sasg_jax.control_flow import for_all, update_if
 from sasg_jax.method import Method
-from sasg_jax.numerics import LARGEST_RATE, all_finite, scale, squared_norm
+from sasg_jax.numerics import LARGEST_RATE, PyTree, all_finite, scale, squared_norm
 from sasg_jax.rules.base import View
 from sasg_jax.states import ServerState, WorkerState
-
-PyTree = Any
 
 
 class Post(NamedTuple):
@@ -139,9 +137,7 @@ def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
     if rate is not None:
         sound &= rate <= LARGEST_RATE
 
-    def look():
-        return all_finite(method.feedback.before(scale(rate, direction), memory))
-
+    look = lambda: all_finite(method.feedback.before(scale(rate, direction), memory))
     return lax.cond(for_all(sound | ~acts), lambda: jnp.asarray(True), look)
 
 
@@ -155,7 +151,7 @@ def worker_half_with_mean(
     index: Any,
     present: Any,
     mean: Callable[[PyTree], PyTree],
-) -> tuple[WorkerState, PyTree]:
+) -> tuple[WorkerState, Post]:
     """As :func:`worker_half`, for a compressor that takes means over workers in its middle.
 
     Everybody takes part in the means: one that is refused or absent adds zeros. In place of a
@@ -168,24 +164,21 @@ def worker_half_with_mean(
     used = fits & jnp.asarray(present)
     p = jax.tree.map(lambda x: jnp.where(used, x, 0), p)
     key = method.compressor_key(method.compressor, method.keys(server.round, index))
-    decoded, remainder, memory = method.compressor.compress_mean(
-        p, worker.compressor_memory, key, mean
-    )
-    compressed = Compressed((), remainder, memory)
+    made = method.compressor.compress_mean(p, worker.compressor_memory, key, mean)
+    decoded, compressed = made[0], Compressed((), *made[1:])
     feedback = method.feedback.after(worker.feedback, compressed, lambda: decoded)
     new_worker = worker._replace(
         feedback=jax.tree.map(lambda x, old: jnp.where(used, x, old), feedback, worker.feedback),
-        compressor_memory=memory,
+        compressor_memory=compressed.memory,
         staleness=jnp.where(used, 1, worker.staleness + 1).astype(jnp.int32),
         uploaded=used,
         used=used,
         finite=fits | ~jnp.asarray(present),
     )
-    return new_worker, decoded
+    return new_worker, Post(decoded, used)
 
 
 def _missing(params: PyTree) -> PyTree:
-    del params
     raise TypeError(
         "update() of this upload rule needs grad_fn=..., a function of the parameters that "
         "evaluates the gradient on the same batch with the same randomness"
