@@ -62,7 +62,12 @@ def _run(name, driver, share):
 
 @pytest.mark.parametrize(
     ("name", "driver"),
-    [("lasg", "vmap"), ("two_way", "vmap"), ("aggregate", "vmap"), ("sasg", "shard_map")],
+    [
+        ("two_way", "vmap"),
+        ("sasg", "shard_map"),
+        pytest.param("lasg", "vmap", marks=pytest.mark.slow),
+        pytest.param("aggregate", "vmap", marks=pytest.mark.slow),
+    ],
 )
 def test_shared_and_own_stale_parameters_give_the_same_run(name, driver):
     """Bit for bit, also past gradients that are not finite, after which a worker is staler than
