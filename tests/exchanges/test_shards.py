@@ -38,13 +38,14 @@ def test_one_shard_has_the_shapes_of_a_row():
     chex.assert_trees_all_equal_shapes_and_dtypes(shards.one_shard(TREE, 3), want)
 
 
-@pytest.mark.parametrize("num_shards", [1, 3, 16])
-@pytest.mark.parametrize("scope", ["tensor", "tree"])
+@pytest.mark.parametrize(
+    ("scope", "num_shards"), [("tensor", 1), ("tensor", 3), ("tensor", 16), ("tree", 3)]
+)
 def test_conserves_bit_for_bit(scope, num_shards):
     """decoded + remainder = tree, with the same number of entries from every shard."""
     compressor = shards.per_shard(sasg_jax.top_k(0.3, scope=scope), num_shards)
     message, remainder, _ = _compress(compressor, TREE)
-    sent = compressor.decompress(message, TREE)
+    sent = jax.jit(compressor.decompress)(message, TREE)
     chex.assert_trees_all_equal(jax.tree.map(jnp.add, sent, remainder), TREE)
     for x in jax.tree.leaves(message):
         assert x.shape[0] == num_shards
@@ -52,7 +53,7 @@ def test_conserves_bit_for_bit(scope, num_shards):
 
 
 def _compress(compressor, tree, key=None):
-    return compressor.compress(tree, compressor.init_memory(tree), key)
+    return jax.jit(compressor.compress)(tree, compressor.init_memory(tree), key)
 
 
 def test_selects_within_each_shard():
