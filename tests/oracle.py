@@ -377,7 +377,7 @@ def add(a: Tree, b: Tree) -> Tree:
     return {name: a[name] + b[name] for name in a}
 
 
-def scaled(factor: float, tree: Tree) -> Tree:
+def scaled(factor: float | np.floating, tree: Tree) -> Tree:
     """factor * x in float32, entry by entry; the tree itself where the factor is one."""
     return tree if factor == 1 else {name: np.float32(factor) * x for name, x in tree.items()}
 

@@ -564,7 +564,7 @@ def test_one_worker(name, exchange):
 def _quadratic_oracle(batch, rounds=3):
     return oracle.train(
         lambda m, t, params: oracle.subtract(params, problems.at(batch, m)),
-        problems.quadratic_params(),
+        problems.to_numpy(problems.quadratic_params()),
         num_workers=1,
         rounds=rounds,
         learning_rate=0.2,

@@ -136,8 +136,9 @@ def test_mean_in_half_precision_is_that_of_the_numbers():
 def test_inner_optimiser_gets_the_loss():
     """Of its own step, as those that look at it need."""
 
-    def update(updates, state, params=None, *, value, **extra_args):
-        del params, extra_args
+    def update(updates, state, params=None, **extra_args):
+        del params
+        value = extra_args["value"]
         return jax.tree.map(lambda u: -value * jnp.ones_like(u), updates), state + value
 
     inner = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
@@ -161,7 +162,7 @@ def test_counts_of_gradients():
     ("make", "message"),
     [
         (lambda loss: sasg_jax.gradient(loss, accumulate=0), "accumulate=0 to be an integer of a"),
-        (lambda loss: sasg_jax.gradient(loss, accumulate=2.0), "accumulate=2.0 to be an integer"),
+        (lambda loss: sasg_jax.gradient(loss, accumulate=True), "accumulate=True to be an integer"),
         (
             lambda loss: sasg_jax.local_steps(loss, optax.sgd(0.1), steps=0),
             "steps=0 to be an integer of at least 1",

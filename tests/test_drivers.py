@@ -127,7 +127,9 @@ def test_only_a_chunks_gradients_are_in_memory():
 
 
 def _takes_means():
-    return sasg_jax.Compressor(name="means()", compress_mean=lambda *args: 1 / 0)
+    return sasg_jax.Compressor(
+        name="means()", compress_mean=lambda tree, memory, key, mean: mean(tree)
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_drivers_take_any_round_of_a_worker():
     start = sasg_jax.TrainState(
         {"w": np.zeros(2, np.float32)}, opt_state, np.arange(4, dtype=np.int32), ()
     )
-    batch = np.float32([1, 2, 3, 4])
+    batch = np.arange(1, 5, dtype=np.float32)
 
     def one_worker(state, batch, present):
         there = present[jax.lax.axis_index("workers")]
@@ -204,7 +206,7 @@ def test_simulation_refuses_as_shared_what_depends_on_the_worker():
     start = sasg_jax.TrainState({"w": np.zeros(2, np.float32)}, opt_state, (), ())
 
     def one_worker(state, batch, present):
-        info = sasg_jax.RoundInfo(*(batch,) * 5, 0.0, ())
+        info = sasg_jax.RoundInfo(batch, batch, batch, batch, batch, jnp.zeros(()), ())
         return state._replace(params={"w": state.params["w"] + batch}), info
 
     with pytest.raises(ValueError, match=r"^Expected params and .* to be the same on all workers"):

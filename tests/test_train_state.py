@@ -1,5 +1,7 @@
 """One worker's round, under a map that a user writes."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ def test_a_workers_round_under_ones_own_map_is_that_of_the_train_step():
         keys=0,
         direction=0,
     )
-    info_axes = sasg_jax.RoundInfo(0, 0, 0, 0, 0, None, 0)
+    info_axes: Any = sasg_jax.RoundInfo(*[0] * 5, threshold=None, aux=0)  # pyright: ignore
 
     def by_hand(state, batch, present):
         return jax.vmap(

@@ -154,7 +154,7 @@ def test_model_state_follows_the_rounds_that_count():
 def test_fresh_and_stale_gradient_use_the_same_key():
     """Then the innovation has no noise in it: it is how far the parameters have moved."""
     run = _run("vmap")
-    stale = [None] * M
+    stale: list[Any] = [None] * M
     measured = 0
     for t in range(ROUNDS):
         params = run.states[t].params
@@ -256,8 +256,10 @@ def test_report_is_the_states_diagnostics():
 def _keeps_value():
     """An optimiser that needs the loss, e.g. to cut the rate where it stands still."""
 
-    def update(updates, state, params=None, *, value, **extra_args):
+    def update(updates, state, params=None, *, value: Any = None, **extra_args):
         del state, params, extra_args
+        if value is None:
+            raise TypeError("needs value=")
         return updates, value
 
     return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
@@ -285,13 +287,6 @@ def test_says_how_the_loss_is_passed_on():
     with pytest.raises(TypeError, match="value") as caught:
         train_step.step(train_step.init(PARAMS), problems.centres())
     assert caught.value.__notes__ == ["If the optimiser needs value=..., say pass_value=True."]
-
-
-def test_mean_model_state():
-    state = {"mean": jnp.array([[1.0, 2.0], [3.0, 6.0]]), "count": jnp.array([7, 8])}
-    got = sasg_jax.mean_model_state(state)
-    chex.assert_trees_all_equal(got, {"mean": jnp.array([2.0, 4.0]), "count": jnp.array(7)})
-    assert sasg_jax.mean_model_state(()) == ()
 
 
 # Models of flax -----------------------------------------------------------------------------------

@@ -488,7 +488,7 @@ def test_pipeline_has_exactly_one_of_ours(count):
 def test_what_follows_gets_the_extra_arguments():
     """Those that ours has no use for."""
 
-    def update(updates, state, params=None, *, value, **extra_args):
+    def update(updates, state, params=None, *, value: Any = None, **extra_args):
         del params
         assert "grad_fn" not in extra_args
         return jax.tree.map(lambda u: u + value, updates), state
@@ -504,7 +504,11 @@ def test_what_follows_gets_the_extra_arguments():
 def test_gradient_before_ours():
     """Through what stands before ours, and nothing else; no state is changed."""
     first, second, ours, _ = _parts()
-    fails = optax.GradientTransformation(lambda params: (), lambda *args: 1 / 0)
+
+    def fail(updates, state, params=None):
+        raise AssertionError("stands after ours")
+
+    fails = optax.GradientTransformation(lambda params: (), fail)
     tx = optax.chain(first, second, ours, fails)
     state = tx.init(PARAMS)
     grads = jax.tree.map(lambda x: jnp.full_like(x, 10.0), PARAMS)

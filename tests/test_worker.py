@@ -81,7 +81,7 @@ def _server(method, threshold=0.0, round=10):
     _, server = _first(method)
     rule = server.rule
     if rule != ():
-        rule = rule._replace(history=np.float32([threshold, 0, 0]))
+        rule = rule._replace(history=np.asarray([threshold, 0, 0], np.float32))
     return server._replace(round=np.int32(round), rule=rule)
 
 
@@ -420,7 +420,7 @@ def test_innovation_that_overflows_uploads():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_product_is_rounded_once(dtype):
     """0.1 is 0.10009765625 in bfloat16, and 1e-6 hardly a number of float16."""
-    rates = np.float32([0.1, 1e-6])
+    rates = np.asarray([0.1, 1e-6], np.float32)
     method = _method("identity", rule=sasg_jax.always(), rate=lambda t: jnp.asarray(rates)[t])
     params = {"w": jnp.arange(1, 65, dtype=dtype) * 512}
     worker, server = init_worker(method, params), init_server(method, params)
