@@ -1,6 +1,7 @@
 """Eight CPU devices for the drivers that need several, and no silent rank promotion."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -12,11 +13,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Read when jax starts its backend. Code that is compiled fast rather than well takes a quarter of
 # the time that the tests would take. What XLA_FLAGS already says wins: the compiler that users have
 # is "--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true".
-_FLAGS = (
+_FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-)
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # others abort at a flag of no use
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

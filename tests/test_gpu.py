@@ -81,7 +81,7 @@ def test_selections_choose_the_same(method):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("value", [0.0, -3.0, 1e30, -np.inf, np.nan])
+@pytest.mark.parametrize("value", [0.0, -3.0, 6e4, -np.inf, np.nan])
 def test_the_zero_that_waits_is_zero(dtype, value):
     with jax.default_device(_gpu()):
         assert int(jax.jit(zero_after)(jnp.full(3, value, dtype))) == 0
