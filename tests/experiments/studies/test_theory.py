@@ -220,13 +220,12 @@ METHODS = {
     "lasg": (None, 0.5),
     "sasg": (runs.DENSITY, 0.5),
 }
-AT_LEAST = {("ridge", "sparse"), ("logistic", "sasg")}
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        pytest.param(*pair, marks=[] if pair in AT_LEAST else pytest.mark.slow)
+        pytest.param(*pair, marks=[] if pair == ("logistic", "sasg") else pytest.mark.slow)
         for pair in itertools.product(PROBLEMS, METHODS)
     ],
 )
