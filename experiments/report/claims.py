@@ -1,7 +1,7 @@
 """Whether the paper's claims hold in a folder of results, and the numbers that say so."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from experiments.methods import METHODS, PAPER_METHODS
 from experiments.report import paper
@@ -23,8 +23,7 @@ Found = tuple[str, str]
 """A status and the evidence for it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A claim, what became of it here, and the numbers that say so."""
 
     where: str  # the table or figure that it is about

@@ -1,10 +1,9 @@
 """Results as pictures: curves of runs, bands over seeds, and bars."""
 
 import contextlib
-import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 
@@ -112,8 +111,7 @@ def plot_ratios(ratios: Sequence[tuple[str, float]], path: pathlib.Path) -> None
         axis.grid(axis="x", alpha=0.25)
 
 
-@dataclasses.dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """A method's line, and the range around it. All four are of one length."""
 
     method: str

@@ -1,10 +1,9 @@
 """What a folder of results holds: runs by experiment and method, with means over seeds."""
 
-import dataclasses
 import pathlib
 import statistics
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.configs import CONFIGS
 from experiments.methods import METHODS, PAPER_METHODS
@@ -14,8 +13,7 @@ from experiments.training.records import Store, read_json
 from experiments.wire.measure import Measurement
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One run, done or not."""
 
     about: dict[str, Any]  # what ``run.json`` holds
@@ -28,16 +26,14 @@ class Run:
         return self.curve[-1]["iteration"] if self.curve else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Of a number over seeds."""
 
     mean: float
     sd: float | None = None  # of the sample; None for a single seed
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """The runs of one method on one experiment that are done, of which there is at least one."""
 
     method: str
@@ -81,8 +77,7 @@ class Group:
         return same and self.density in (None, paper.DENSITY) and self.method in PAPER_METHODS
 
 
-@dataclasses.dataclass(frozen=True)
-class Results:
+class Results(NamedTuple):
     """All that is in a folder. None or empty where nothing is there yet."""
 
     directory: pathlib.Path

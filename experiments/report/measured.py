@@ -44,33 +44,26 @@ def communication(results: Results, verdicts: Sequence[Verdict], files: pathlib.
     header = ["method", "exchange", "ms per round"]
     rows = [[m.method, m.exchange, m.communication_ms] for m in measurements]
     page.write_csv(path.with_suffix(".csv"), header, rows)
-    panel = page.Panel(path, words("figure3.alt"))
-    section.figures.append(
-        page.Figure("figure3", words("figure3.caption", network=network), [panel])
-    )
+    caption = words("figure3.caption", network=network)
+    panels = [page.Panel(path, words("figure3.alt"))]
+    section.figures.append(page.Figure("figure3", caption, panels))
     return section
 
 
 def _times_table(measurements: Sequence[Measurement], setting: Mapping[str, Any]) -> Table:
     is_papers_model = setting["config"] == "cifar10_resnet18" and setting["width"] in (None, 64)
-    base = fastest_exchanges(measurements).get("sgd")
+    base: Any = fastest_exchanges(measurements).get("sgd")
     papers = paper.COMMUNICATION_SECONDS
-    of_sgd = lambda found: papers[found.method] / papers["sgd"]
-
-    def ours(found: Measurement) -> Cell | str:
-        if base is None:
-            return NOTHING
-        return cells.share_cell(found.communication_ms / base.communication_ms, found is base)
-
-    def papers_share(found: Measurement) -> Cell | str:
-        if base is None or found.method not in papers:
-            return NOT_AT_HAND
-        return cells.share_cell(of_sgd(found), found.method == "sgd")
-
-    def deviation(found: Measurement) -> Cell | str:
-        if base is None or found is base or found.method not in papers:
-            return NOTHING
-        return cells.deviation(found.communication_ms / base.communication_ms, of_sgd(found))
+    ratio = lambda m: m.communication_ms / base.communication_ms
+    of_sgd = lambda m: papers[m.method] / papers["sgd"]
+    in_paper = lambda m: base is not None and m.method in papers
+    ours = lambda m: cells.share_cell(ratio(m), m is base) if base else NOTHING
+    papers_share = lambda m: (
+        cells.share_cell(of_sgd(m), m.method == "sgd") if in_paper(m) else NOT_AT_HAND
+    )
+    deviation = lambda m: (
+        cells.deviation(ratio(m), of_sgd(m)) if in_paper(m) and m is not base else NOTHING
+    )
 
     def papers_memory(found: Measurement) -> Cell | str:
         if not is_papers_model or found.method not in paper.SERVER_MEGABYTES:
@@ -78,12 +71,11 @@ def _times_table(measurements: Sequence[Measurement], setting: Mapping[str, Any]
         megabytes = paper.SERVER_MEGABYTES[found.method]
         return Cell(f"{megabytes:g} MB", 1e6 * megabytes)
 
+    uploads = lambda m: Cell(f"{m.uploads_per_round:.1f}", m.uploads_per_round)
     time, memory = "time, of SGD’s", "server’s memory"
     columns = [
         text("method and exchange", lambda m: f"{method_label(m.method)}, {m.exchange}"),
-        number(
-            "uploads a round", lambda m: Cell(f"{m.uploads_per_round:.1f}", m.uploads_per_round)
-        ),
+        number("uploads a round", uploads),
         number("exchange", lambda m: Cell(f"{m.communication_ms:,.0f} ms", m.communication_ms)),
         number("ours", ours, time),
         number("paper", papers_share, time),

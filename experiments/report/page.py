@@ -11,7 +11,7 @@ import os
 import pathlib
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -25,8 +25,7 @@ def words(key: str, **values: Any) -> str:
     return _WORDS[table][name].format(**values)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """What the page shows, and what the CSV file holds instead if that is a number."""
 
     text: str
@@ -34,8 +33,7 @@ class Cell:
     is_outside: bool = False  # further from the paper's than we said that it may be
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column of a table, and what it shows of the subject of a row."""
 
     label: str
@@ -48,8 +46,7 @@ number = Column
 text = lambda label, cell: Column(label, cell, is_text=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A row for each subject. The first column names the rows."""
 
     name: str
@@ -82,8 +79,7 @@ class Table:
         write_csv(directory / f"{self.name}.csv", header, rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One picture, from a PNG file in the folder ``report`` beside the page."""
 
     path: pathlib.Path
@@ -94,8 +90,7 @@ class Panel:
         return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """Panels side by side where there is room; ``name`` is that of their CSV file."""
 
     name: str

@@ -118,13 +118,7 @@ def _chosen(command: Reproduce) -> list["Run"]:
     return [run for run in chosen if not seeds or run.seed in seeds]
 
 
-def _train(
-    command: Reproduce,
-    arguments: Sequence[str],
-    console: rich.console.Console,
-    name: str,
-    runs: Sequence["Run"],
-) -> None:
+def _train(command: Reproduce, arguments, console, name: str, runs: Sequence["Run"]) -> None:
     from experiments.training.records import Store
     from experiments.training.runs import Reporter, perform
 
@@ -137,13 +131,13 @@ def _train(
             perform(run, store, dataset, source, arguments=arguments, **how)
 
 
-def _wire(command: Reproduce, arguments: Sequence[str], console: rich.console.Console) -> None:
+def _wire(command: Reproduce, arguments, console) -> None:
     """As the paper's table: ten workers on 1 Gbit/s, messages of the full ResNet18."""
     setting = {"hosts": 10, "rounds": 9, "compute": False}
     wire.work(wire.Wire("cifar10_resnet18", **setting, out=command.out / "wire"), arguments)
 
 
-def _theory(command: Reproduce, arguments: Sequence[str], console: rich.console.Console) -> None:
+def _theory(command: Reproduce, arguments, console) -> None:
     path = command.out / "theory" / "theory.json"
     if path.exists():
         console.print("theory: done before")
@@ -171,7 +165,7 @@ def _theory(command: Reproduce, arguments: Sequence[str], console: rich.console.
         console.print(f"{where}: {found} {verdict}", highlight=False, soft_wrap=True)
 
 
-def _estimates(command: Reproduce, arguments: Sequence[str], console: rich.console.Console) -> None:
+def _estimates(command: Reproduce, arguments, console) -> None:
     """Of the lightest and the heaviest method."""
     for config in ("cifar10_resnet18", "cifar100_resnet18"):
         options = estimate.Estimate(config, methods=("sgd", "sasg"), out=command.out / "estimates")

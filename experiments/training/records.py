@@ -122,7 +122,8 @@ class Store:
         return [record for record in records if record is not None]
 
     def check_config(self, name: str) -> None:
-        """Raises ResultsError if there are runs of another experiment than ``name``."""
+        """Raises ResultsError if there are runs of another experiment than ``name``, or broken."""
+        self.records()
         for files in self.runs():
             there = files.about()["config"]["name"]
             if there != name:

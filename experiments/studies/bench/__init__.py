@@ -53,7 +53,7 @@ def work(command: Bench, arguments: Sequence[str]) -> None:
     for part in command.parts:
         with console.status(f"measuring: {part}"):
             measured = measure[part](command.repeats)
-        content = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in measured]
+        content = [{**row._asdict(), "ratio": row.ratio} for row in measured]
         write_json(command.out / f"{part}.json", {**session(arguments), "rows": content})
         for title in dict.fromkeys(row.part for row in measured):
             console.print(timing.table(title, [row for row in measured if row.part == title]))

@@ -1,20 +1,18 @@
 """Times of cases that take turns, memory of processes, and rows of them beside their floors."""
 
-import dataclasses
 import multiprocessing
 import pathlib
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import rich.box
 import rich.table
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One thing that was measured, beside its floor."""
 
     part: str

@@ -65,7 +65,9 @@ LONG = ("run", "digits", "--iterations", "10000000", "--width", "4")
 
 
 def test_two_processes_make_one_run(tmp_path):
-    command = "launch -- run digits --width 4 --num-workers 2 --iterations 20 --out".split()
+    command = (
+        "launch -- run digits --method sgd --width 4 --num-workers 2 --iterations 20 --out".split()
+    )
     with started(*command, tmp_path) as launcher:
         output, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, output

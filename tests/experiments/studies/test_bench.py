@@ -64,6 +64,7 @@ def test_memory_is_that_of_a_process_of_its_own():
     assert much - little > 0.9 * 2**29
 
 
+@pytest.mark.slow
 def test_many_workers_are_timed_after_the_rounds_in_which_all_must_upload():
     assert len(scale.many_workers(12, 2)[0]) == 2
 

@@ -66,19 +66,46 @@ def test_each_run_is_made_once_whichever_targets_show_it(small, tmp_path, capsys
     assert [record["seed"] for record in Store(tmp_path).records()] == [1, 2]
 
 
-def test_a_target_that_fails_does_not_keep_the_others(small, tmp_path, monkeypatch):
-    def load(name, data_dir, archives):
-        if name == "absent":
-            raise FileNotFoundError("its archives are missing")
-        return real(name, data_dir, archives)
+@pytest.fixture
+def measured(monkeypatch):
+    """The theory's results at once, and how often they were asked for."""
+    check = {"source": "Lemma 1", "name": "compression", "problem": "p", "method": "sasg"}
+    check |= {"measured": 0.5, "relation": "<=", "bound": 0.9, "tolerance": 0.0, "holds": True}
+    results, calls = {"checks": [check]}, []
 
-    real = reproduce.data.load_named
+    def measure(on_step):
+        calls.append(1)
+        on_step("rate", 1, 2)
+        return results
+
+    monkeypatch.setattr("experiments.studies.theory.measure", measure)
+    return results, calls
+
+
+def test_a_target_that_fails_does_not_keep_the_others(small, measured, tmp_path, monkeypatch):
+    """The data of one's runs are not there; the theory is measured after that."""
+
+    def load(name, data_dir, archives):
+        raise FileNotFoundError(f"the archives of {name} are missing")
+
     monkeypatch.setattr(reproduce.data, "load_named", load)
-    reversed_targets = dict(reversed(plan.RUNS.items()))
-    monkeypatch.setattr(plan, "RUNS", reversed_targets)  # the one that fails comes first
-    with pytest.raises(SystemExit, match="error: absent: its archives are missing"):
+    monkeypatch.setattr(reproduce, "OTHERS", {"theory": "theory"})
+    with pytest.raises(SystemExit, match=r"error: .*absent: the archives of absent are missing"):
         cli.main(["reproduce", "all", "--out", str(tmp_path), "--quiet"])
-    assert len(Store(tmp_path).records()) == 2
+    assert (tmp_path / "theory" / "theory.json").exists()
+
+
+def test_theory_is_measured_once(measured, tmp_path, capsys):
+    results, calls = measured
+    for _ in range(2):
+        cli.main(["reproduce", "theory", "--out", str(tmp_path)])
+    assert len(calls) == 1
+    written = json.loads((tmp_path / "theory" / "theory.json").read_text())
+    assert written["results"] == results
+    assert written["command"].startswith("python -m experiments reproduce theory")
+    said = capsys.readouterr().out
+    assert "theory, 1 of 2: rate" in said
+    assert "Lemma 1, compression, p, sasg: 0.5 <= 0.9 holds" in said
 
 
 @pytest.mark.parametrize(
@@ -93,38 +120,3 @@ def test_options_that_fit_no_run_are_refused(small, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(["reproduce", *options, "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
-
-
-def test_theory_is_measured_once(tmp_path, monkeypatch, capsys):
-    results = {
-        "checks": [
-            {
-                "source": "Lemma 1",
-                "name": "compression",
-                "tolerance": 0.0,
-                "problem": "p",
-                "method": "sasg",
-                "measured": 0.5,
-                "bound": 0.9,
-                "relation": "<=",
-                "holds": True,
-            }
-        ]
-    }
-    calls = []
-
-    def measure(on_step):
-        calls.append(1)
-        on_step("rate", 1, 2)
-        return results
-
-    monkeypatch.setattr("experiments.studies.theory.measure", measure)
-    for _ in range(2):
-        cli.main(["reproduce", "theory", "--out", str(tmp_path)])
-    assert len(calls) == 1
-    written = json.loads((tmp_path / "theory" / "theory.json").read_text())
-    assert written["results"] == results
-    assert written["command"].startswith("python -m experiments reproduce theory")
-    said = capsys.readouterr().out
-    assert "theory, 1 of 2: rate" in said
-    assert "Lemma 1, compression, p, sasg: 0.5 <= 0.9 holds" in said

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -109,6 +110,7 @@ with Checkpoints(pathlib.Path(sys.argv[1]), 0) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_one_that_was_being_written_when_the_process_died_is_never_loaded(tmp_path):
     """A process that does nothing but save is killed while it does so."""
     rng = np.random.default_rng(0)
@@ -149,6 +151,7 @@ def test_the_remains_of_half_a_checkpoint_are_not_taken_for_one(tmp_path):
     assert restored[1].iteration == 100
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore
 def test_one_that_is_broken_is_named(tmp_path):
     with Checkpoints(tmp_path / "whole") as checkpoints:
         checkpoints.save(state_of(1), progress_of(100))
@@ -163,6 +166,7 @@ def test_one_that_is_broken_is_named(tmp_path):
                     checkpoints.restore(state_of(0))  # not all of its files are needed
                 except ResultsError as error:
                     said.append(str(error).removeprefix(str(torn)))
+    gc.collect()  # what it has left warns here, and not in another test
     assert len(said) > 2
     assert set(said) == {"/100 is broken; without it the run begins anew."}
 
@@ -171,11 +175,11 @@ def test_one_that_is_broken_is_named(tmp_path):
 
 MLP = dataclasses.replace(
     CONFIGS["digits"],
-    iterations=90,
-    evaluate_every=30,
+    iterations=42,
+    evaluate_every=14,
     rounds_per_call=7,
     augment=True,
-    decay_iterations=(50,),
+    decay_iterations=(20,),
     target_accuracy=0.3,
 )
 RESNET = dataclasses.replace(
@@ -199,9 +203,10 @@ def untimed(record):
 @pytest.mark.parametrize(
     ("config", "method", "stops"),
     [
-        (MLP, "sasg_two_way", (7, 37, 81)),
-        (MLP, "lasg", (60,)),
-        (RESNET, "sasg", (12,)),  # statistics of BatchNorm
+        (MLP, "sasg_two_way", (7, 21, 28)),
+        (MLP, "lasg", (28,)),
+        # With statistics of BatchNorm.
+        pytest.param(RESNET, "sasg", (12,), marks=pytest.mark.slow),
     ],
     ids=["sasg_two_way", "lasg", "resnet"],
 )
@@ -258,6 +263,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, digits, confi
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(tmp_path):
     """The command is killed (SIGKILL) ten times, started again each time, and at last left alone:
     curve, record and final parameters are those of a run that was never stopped."""

@@ -1,5 +1,6 @@
 """The models have the paper's sizes and PyTorch's initial scale."""
 
+import functools
 from typing import Any
 
 import jax
@@ -41,9 +42,9 @@ def test_dense_layers_start_uniform_within_one_over_the_root_of_fan_in():
 
 
 def test_convolutions_start_uniform_within_one_over_the_root_of_fan_in():
-    model = ResNet18(10, width=8)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=True)["params"]
-    kernel = np.asarray(params["_ResNetBlock_7"]["Conv_1"]["kernel"])
+    block = models._ResNetBlock(64, 1)
+    variables: Any = block.init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)), train=True)
+    kernel = np.asarray(variables["params"]["Conv_1"]["kernel"])
     assert kernel.shape == (3, 3, 64, 64)
     bound = 1 / np.sqrt(9 * 64)
     assert np.abs(kernel).max() <= bound
@@ -52,14 +53,16 @@ def test_convolutions_start_uniform_within_one_over_the_root_of_fan_in():
 
 def test_resnet_halves_the_image_three_times_and_writes_statistics_only_in_training():
     model = ResNet18(10, width=4)
-    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    variables = model.init(jax.random.key(0), images, train=True)
-    logits, written = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    init, apply = model.init_with_output, functools.partial(model.apply, mutable=["batch_stats"])
+    train, test = (jax.jit(functools.partial(apply, train=train)) for train in (True, False))
+    _, variables = jax.jit(functools.partial(init, train=True))(jax.random.key(0), images)
+    logits, written = train(variables, images)
     assert logits.shape == (2, 10)
     before, after = variables["batch_stats"], written["batch_stats"]
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
     assert all(jax.tree.leaves(changed))
-    _, untouched = model.apply(variables, images, train=False, mutable=["batch_stats"])
+    _, untouched = test(variables, images)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), before, untouched["batch_stats"]))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,9 @@ from experiments.methods import PAPER_METHODS
 from experiments.training import inputs
 from experiments.training import train as training
 
-DIGITS = dataclasses.replace(CONFIGS["digits"], iterations=120, evaluate_every=50)
+DIGITS = dataclasses.replace(
+    CONFIGS["digits"], iterations=120, evaluate_every=50, rounds_per_call=10
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,17 @@ def test_heterogeneous_workers_hold_one_data_set_each(digits):
     assert record.dataset == dataset.name
 
 
+class Normalised(nn.Module):
+    """The least network with statistics of its batches."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.BatchNorm(use_running_average=not train)(images.reshape(len(images), -1))
+        return nn.Dense(self.classes)(x)
+
+
 def test_each_test_set_is_for_the_workers_that_hold_its_like(digits, monkeypatch):
     """With BatchNorm statistics of these workers alone: averages over all would fit neither."""
     bright = dataclasses.replace(
@@ -109,9 +123,8 @@ def test_each_test_set_is_for_the_workers_that_hold_its_like(digits, monkeypatch
 
     monkeypatch.setattr(training.sasg_jax.Ledger, "record_model_state", record)
     monkeypatch.setattr(training.sasg_jax, "mean_model_state", mean)
-    config = dataclasses.replace(
-        CONFIGS["cifar10_narrow"], width=2, iterations=2, evaluate_every=2, rounds_per_call=2
-    )
+    monkeypatch.setattr(training, "make_model", lambda config, classes: Normalised(classes))
+    config = dataclasses.replace(DIGITS, iterations=2, evaluate_every=2)
     run(config, "sgd", dataset, source=source)
     (everyone,) = whole
     assert len(np.unique(everyone, axis=0)) == config.num_workers
@@ -162,6 +175,7 @@ def test_normalised_training_images_have_mean_0_and_deviation_1(digits):
     assert float(normalised.std()) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_narrow_resnet_with_augmentation_runs(digits):
     """BatchNorm statistics stay with their worker, and their averaging is counted."""
     images = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
@@ -182,17 +196,22 @@ def test_a_narrow_resnet_with_augmentation_runs(digits):
     assert record.model_state_bytes == channels * 2 * 4 * 3 * 2
 
 
-def test_one_by_one_is_the_same_run_up_to_rounding(digits):
-    for config in (DIGITS, dataclasses.replace(DIGITS, model="resnet18", width=2, augment=True)):
-        config = dataclasses.replace(config, iterations=2, evaluate_every=1, num_workers=2)
-        together, apart = (
-            run(config, "sasg", digits, one_by_one=one_by_one)[1] for one_by_one in (False, True)
-        )
-        for point, other in zip(together, apart, strict=True):
-            assert point.train_loss == pytest.approx(other.train_loss, rel=1e-4)
-            assert point.uploads == other.uploads
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"model": "resnet18", "width": 2, "augment": True}, marks=pytest.mark.slow)],
+    ids=["mlp", "resnet18"],
+)
+def test_one_by_one_is_the_same_run_up_to_rounding(digits, changes):
+    config = dataclasses.replace(DIGITS, iterations=2, evaluate_every=1, num_workers=2, **changes)
+    together, apart = (
+        run(config, "sasg", digits, one_by_one=one_by_one)[1] for one_by_one in (False, True)
+    )
+    for point, other in zip(together, apart, strict=True):
+        assert point.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+        assert point.uploads == other.uploads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PAPER_METHODS)
 def test_every_method_learns_the_digits(digits, method):
     config = dataclasses.replace(CONFIGS["digits"], iterations=600)
