@@ -1,7 +1,6 @@
 """Drivers: one worker's round for all workers, simulated or on devices of their own.
 
-Each is a function of a worker's round, and of a state in which a worker's own parts have a leading
-axis over workers.
+In the state that they take, a worker's own parts have a leading axis over workers.
 """
 
 import dataclasses
@@ -14,48 +13,32 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sasg_jax._checks import expected
+from sasg_jax._checks import expected, require
 from sasg_jax.control_flow import add_rows, refuse_collectives, same_on_all, zero_after
 from sasg_jax.directions import Direction
-from sasg_jax.numerics import wide
+from sasg_jax.numerics import PyTree, wide
 from sasg_jax.server import serve
+from sasg_jax.state_axes import per_worker
 from sasg_jax.states import ServerState, diagnostics
-from sasg_jax.train_state import (
-    INFO_OWNERS,
-    RoundInfo,
-    TrainState,
-    evaluate,
-    keep_if,
-    mean_loss,
-    owners,
-)
+from sasg_jax.train_state import RoundInfo, TrainState, evaluate, keep_if, mean_loss
 from sasg_jax.transform import Transformation, check_present
 
-PyTree = Any
 WorkerRound = Callable[[TrainState, PyTree, Any], tuple[TrainState, RoundInfo]]
 """``state, info = worker_round(state, batch, present)``, one worker's view."""
 
 
 def simulate(worker_round: WorkerRound, state, batch, present, *, num_workers, axis_name):
-    """All workers at once on one device, by ``jax.vmap``.
-
-    Raises:
-      ValueError: a part of the new state that is the same on all workers depends on the worker.
-    """
+    """All workers at once on one device, by ``jax.vmap``; ValueError where a part of the new state
+    that is the same on all workers depends on the worker."""
     own = owners(state)
 
     def checked(state, batch, present):
         state, info = worker_round(state, batch, present)
         return jax.tree.map(lambda o, x: x if o else same_on_all(x), own, state), info
 
-    axes = choose(own, 0, None)
-    return jax.vmap(
-        checked,
-        in_axes=(axes, 0, None),
-        out_axes=(axes, choose(INFO_OWNERS, 0, None)),
-        axis_name=axis_name,
-        axis_size=num_workers,
-    )(state, batch, present)
+    in_axes, out_axes = _split(own, 0, None)
+    axes = {"in_axes": in_axes, "out_axes": out_axes, "axis_name": axis_name}
+    return jax.vmap(checked, axis_size=num_workers, **axes)(state, batch, present)
 
 
 def on_mesh(worker_round: WorkerRound, state, batch, present, *, mesh: Mesh):
@@ -69,28 +52,17 @@ def on_mesh(worker_round: WorkerRound, state, batch, present, *, mesh: Mesh):
         state, info = worker_round(state, jax.tree.map(first, batch), present)
         return map_own(expand, own, state), map_own(expand, INFO_OWNERS, info)
 
-    split, shared = PartitionSpec(axis_name), PartitionSpec()
-    specs = choose(own, split, shared)
-    return jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(specs, split, shared),
-        out_specs=(specs, choose(INFO_OWNERS, split, shared)),
-        check_vma=False,
-    )(state, batch, present)
+    in_specs, out_specs = _split(own, PartitionSpec(axis_name), PartitionSpec())
+    specs = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": False}
+    return jax.shard_map(on_one_device, mesh=mesh, **specs)(state, batch, present)
 
 
 def on_devices(worker_round: WorkerRound, state, *, devices, axis_name: str, donate: bool):
     """As :func:`on_mesh` by ``jax.pmap``, which compiles by itself: for states like ``state``."""
-    axes = choose(owners(state), 0, None)
-    return jax.pmap(
-        worker_round,
-        axis_name=axis_name,
-        in_axes=(axes, 0, None),
-        out_axes=(axes, choose(INFO_OWNERS, 0, None)),
-        donate_argnums=(0,) if donate else (),
-        devices=devices,
-    )
+    in_axes, out_axes = _split(owners(state), 0, None)
+    axes = {"in_axes": in_axes, "out_axes": out_axes, "axis_name": axis_name}
+    donated = (0,) if donate else ()
+    return jax.pmap(worker_round, donate_argnums=donated, devices=devices, **axes)
 
 
 def simulate_in_chunks(
@@ -99,10 +71,8 @@ def simulate_in_chunks(
     """All workers on one device, ``chunk_size`` at a time and the rest in the end.
 
     Only the gradients of a chunk are in memory: the workers' states stay where they are, and are
-    read and written a chunk at a time. Then the server's half is made once.
-
-    Raises:
-      ValueError: the halves of ``tx`` cannot be run apart.
+    read and written a chunk at a time. Then the server's half is made once. ValueError where the
+    halves of ``tx`` cannot be run apart.
     """
     check_chunks(tx, chunk_size)
     method, own_parts = tx.method, owners(state)
@@ -111,21 +81,19 @@ def simulate_in_chunks(
     alone = refuse_collectives(direction.evaluate, axis_name)
     direction = dataclasses.replace(direction, evaluate=alone)
     keep_own = lambda state: jax.tree.map(lambda o, x: x if o else (), own_parts, state)
-    fill_own = lambda own, state: jax.tree.map(
-        lambda o, mine, x: mine if o else x, own_parts, own, state
-    )
+    pick = lambda o, mine, x: mine if o else x
+    fill_own = lambda own, state: jax.tree.map(pick, own_parts, own, state)
     one = map_own(lambda x: x[0], own_parts, state)  # whose shared parts are right
 
     def one_worker(own, batch, index):
         state = fill_own(own, one)
         made, grad_fn = evaluate(direction, tx, state, batch)
         mine = True if present is None else present[index]
-        opt_state, post = tx.worker_part(
-            made.direction, state.opt_state, state.params, index, mine, grad_fn
-        )
+        given = made.direction, state.opt_state, state.params
+        opt_state, post = tx.worker_part(*given, index, mine, grad_fn)
         info = RoundInfo(made.loss, *diagnostics(opt_state), made.aux)
-        kept = keep_if(tx.find_ours(opt_state).worker.used, made, state)
-        new_state = TrainState(params=state.params, opt_state=opt_state, **kept)
+        used = tx.find_ours(opt_state).worker.used
+        new_state = keep_if(used, made, state)._replace(opt_state=opt_state)
         return keep_own(new_state), info._replace(threshold=()), post.message
 
     chunk = jax.vmap(one_worker, axis_name=axis_name)
@@ -177,24 +145,28 @@ def simulate_in_chunks(
 def check_chunks(tx: Any, chunk_size: int) -> None:
     """Raises ValueError where a round of ``tx`` cannot be made in chunks."""
     if not isinstance(tx, Transformation):
-        raise expected(
-            "chunk_size",
-            chunk_size,
-            "only for a transformation of sasg_jax whose halves can be run apart: put what stands "
-            "around it into sasg_jax.pipeline in place of optax.chain",
-        )
-    if tx.method.exchange.sharded or tx.method.compressor.compress_mean is not None:
-        raise expected(
-            "chunk_size",
-            chunk_size,
-            "to be None where every worker is a server too (exchange='sharded'), and where the "
-            "compressor takes means over all workers",
-        )
+        allowed = "only for a transformation of sasg_jax whose halves can be run apart: put what "
+        allowed += "stands around it into sasg_jax.pipeline in place of optax.chain"
+        raise expected("chunk_size", chunk_size, allowed)
+    apart = not tx.method.exchange.sharded and tx.method.compressor.compress_mean is None
+    allowed = "to be None where every worker is a server too (exchange='sharded'), and where the "
+    require(apart, "chunk_size", chunk_size, allowed + "compressor takes means over all workers")
 
 
-def choose(own_parts: PyTree, own: Any, shared: Any) -> PyTree:
-    """``own`` for what belongs to one worker, else ``shared``."""
-    return jax.tree.map(lambda is_own: own if is_own else shared, own_parts)
+def owners(state: TrainState) -> PyTree:
+    """Whether each part of the state belongs to one worker; a prefix of the state."""
+    return TrainState(False, per_worker(state.opt_state), True, True, True)
+
+
+# Which parts of a round's report belong to one worker.
+INFO_OWNERS: Any = RoundInfo._make(name != "threshold" for name in RoundInfo._fields)
+
+
+def _split(own_parts: PyTree, own: Any, shared: Any) -> tuple[Any, Any]:
+    """For arguments and results of a round: ``own`` for what is one worker's, else ``shared``."""
+    choose = lambda parts: jax.tree.map(lambda is_own: own if is_own else shared, parts)
+    state = choose(own_parts)
+    return (state, own, shared), (state, choose(INFO_OWNERS))
 
 
 def map_own(fn: Callable[[jax.Array], Any], own_parts: PyTree, tree: PyTree) -> Any:

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from sasg_jax.directions import Direction, Evaluation
-from sasg_jax.numerics import wide
-from sasg_jax.state_axes import keep_own, per_worker
+from sasg_jax.numerics import PyTree, wide
+from sasg_jax.state_axes import keep_own
 from sasg_jax.states import diagnostics, find_state
 from sasg_jax.transform import before_ours
-
-PyTree = Any
 
 
 class TrainState(NamedTuple):
@@ -34,52 +33,26 @@ class RoundInfo(NamedTuple):
     uploaded: jax.Array  # shape=(M,), dtype=jnp.bool_
     finite: jax.Array  # whether nothing was refused. shape=(M,), dtype=jnp.bool_
     staleness: jax.Array  # after the round, 1 = just uploaded. shape=(M,), dtype=jnp.int32
-    innovation: jax.Array  # what the rule measured: ‖g - g'‖² for (6), 0 in a forced round.
-    # shape=(M,), dtype=jnp.float32
+    innovation: jax.Array  # as in sasg_jax.Diagnostics. shape=(M,), dtype=jnp.float32
     threshold: jax.Array  # with what it was compared. shape=(), dtype=jnp.float32
     aux: PyTree  # of loss_fn, leading axis M; () if there is none
 
 
-# Which parts of a round's report belong to one worker: all but the threshold.
-INFO_OWNERS: PyTree = RoundInfo(
-    **{name: name != "threshold" for name in RoundInfo._fields}  # pyright: ignore
-)
-
-
-def owners(state: TrainState) -> PyTree:
-    """Whether each part of the state belongs to one worker; a prefix of the state."""
-    return TrainState(
-        params=False,
-        opt_state=per_worker(state.opt_state),
-        model_state=True,
-        keys=True,
-        direction=True,
-    )
-
-
-def evaluate(
-    direction: Direction,
-    tx: optax.GradientTransformationExtraArgs,
-    state: TrainState,
-    batch: PyTree,
-) -> tuple[Evaluation, Any]:
-    """A worker's direction, and the function that gives it at other parameters.
-
-    What the latter returns has gone through what stands before ours in ``tx``, as ``tx.update``
-    does with the former.
-    """
+def evaluate(direction: Direction, tx: Any, state: TrainState, batch) -> tuple[Evaluation, Any]:
+    """A worker's direction, and the function that gives it at other parameters: there it has gone
+    through what stands before ours in ``tx``, as ``tx.update`` does with the former."""
     key = ()
     if direction.has_key:
         key = jax.random.fold_in(state.keys, find_state(state.opt_state).server.round)
 
-    def at(params):
-        return direction.evaluate(params, state.direction, state.model_state, key, batch)
+    rest = state.direction, state.model_state, key, batch
 
     def grad_fn(params):
-        params = _fill_masked(params, state.params)
-        return before_ours(tx, at(params).direction, state.opt_state, params)
+        params = _all_params(params, state.params)
+        made = direction.evaluate(params, *rest)
+        return before_ours(tx, made.direction, state.opt_state, params)
 
-    return at(state.params), grad_fn
+    return direction.evaluate(state.params, *rest), grad_fn
 
 
 def worker_round(
@@ -95,12 +68,9 @@ def worker_round(
     """One worker's view of a round, under a map over workers named ``axis_name``.
 
     Args:
-      direction: what it makes of its batch.
-      tx: an optax optimiser that contains one transformation of ours.
-      state: its own view: nothing has an axis over workers.
-      batch: its own.
+      direction, tx: what it makes of its batch, and an optimiser that contains one of ours.
+      state, batch: its own view: nothing has an axis over workers.
       present: who takes part, the same on all workers; None for all. ``# shape=(M,), dtype=bool``
-      axis_name: the mapped axis.
       pass_value: whether to pass the mean loss to ``tx.update`` as ``value=``, over workers that
         take part and whose loss is finite.
 
@@ -114,57 +84,44 @@ def worker_round(
     if pass_value:
         there = True if present is None else present[lax.axis_index(axis_name)]
         extra["value"] = mean_loss(made.loss, there, lambda x: lax.psum(x, axis_name))
-    updates, opt_state = tx.update(
-        made.direction, state.opt_state, state.params, grad_fn=grad_fn, **extra
-    )
+    given = made.direction, state.opt_state, state.params
+    updates, opt_state = tx.update(*given, grad_fn=grad_fn, **extra)
     used = find_state(opt_state).worker.used
-    new_state = TrainState(
+    new_state = keep_if(used, made, state)._replace(
         params=optax.apply_updates(state.params, updates),
         opt_state=keep_own(opt_state, state.opt_state, used),
-        **keep_if(used, made, state),
     )
     return new_state, RoundInfo(made.loss, *diagnostics(opt_state), made.aux)
 
 
 def mean_loss(loss: jax.Array, there: Any, add: Callable[[PyTree], PyTree]) -> jax.Array:
     """The mean of the losses that are finite, over workers that take part; ``add`` sums over them.
-
-    A worker whose gradient is refused has no part in what all do with the loss.
-    """
+    A worker whose gradient is refused has no part in what all do with the loss."""
     counts = jnp.isfinite(loss) & there
     total, count = add((jnp.where(counts, loss.astype(wide(loss.dtype)), 0), counts.astype(int)))
     return (total / jnp.maximum(count, 1)).astype(loss.dtype)
 
 
-def keep_if(used: jax.Array, made: Evaluation, state: TrainState) -> dict[str, PyTree]:
-    """What a worker carries beside the optimiser's state: the new if it is used, or the old."""
+def keep_if(used: jax.Array, made: Evaluation, state: TrainState) -> TrainState:
+    """``state``, with what was made of the model's and the direction's if that is used."""
     choose = lambda new, old: jax.tree.map(lambda x, y: jnp.where(used, x, y), new, old)
-    return {
-        "model_state": choose(made.model_state, state.model_state),
-        "keys": state.keys,
-        "direction": choose(made.own, state.direction),
-    }
+    model_state = choose(made.model_state, state.model_state)
+    return state._replace(model_state=model_state, direction=choose(made.own, state.direction))
 
 
 def mean_model_state(model_state: PyTree) -> PyTree:
-    """The mean over workers of their model states, for evaluation and checkpoints.
-
-    Leaves that are no floating-point numbers, e.g. counters and keys, are taken from worker 0. The
-    bytes that this moves between workers are counted by
-    :meth:`sasg_jax.Ledger.record_model_state`.
-    """
-
-    def mean(x):
-        return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
-
+    """The mean over workers of their model states, for evaluation and checkpoints. Leaves that are
+    no floating-point numbers, e.g. counters and keys, are taken from worker 0. See also
+    :meth:`sasg_jax.Ledger.record_model_state`."""
+    mean = lambda x: x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
     return jax.tree.map(mean, model_state)
 
 
-def _fill_masked(tree: PyTree, params: PyTree) -> PyTree:
-    """Puts the current parameters where ``optax.masked`` has hidden them from others."""
-    return jax.tree.map(
-        lambda x, p: p if isinstance(x, optax.MaskedNode) else x,
-        tree,
-        params,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
+def _all_params(tree: PyTree, params: PyTree) -> PyTree:
+    """``tree`` as ``params`` are, also where ``optax.flatten`` has made one vector of it, and with
+    the current parameters where ``optax.masked`` has hidden others."""
+    if isinstance(tree, jax.Array) and tree.shape != getattr(params, "shape", None):
+        return ravel_pytree(params)[1](tree)
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    fill = lambda x, p: p if is_masked(x) else x
+    return jax.tree.map(fill, tree, params, is_leaf=is_masked)

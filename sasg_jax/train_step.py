@@ -13,22 +13,13 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sasg_jax import drivers
-from sasg_jax._checks import (
-    as_params,
-    check_axis_name,
-    check_bool,
-    check_choice,
-    check_int,
-    expected,
-)
+from sasg_jax import _checks, drivers
+from sasg_jax._checks import require
 from sasg_jax.directions import Direction, as_direction
+from sasg_jax.numerics import PyTree
 from sasg_jax.state_axes import MULTI_STEPS, for_each_worker, stack_workers
 from sasg_jax.states import find_state
 from sasg_jax.train_state import TrainState, worker_round
-
-PyTree = Any
-Device = Any  # jax.Device
 
 
 class TrainStep(NamedTuple):
@@ -53,7 +44,7 @@ def make_train_step(
     has_aux: bool = False,
     has_model_state: bool = False,
     has_key: bool = False,
-    devices: Sequence[Device] | None = None,
+    devices: Sequence[Any] | None = None,
     axis_name: str = "workers",
     chunk_size: int | None = None,
     donate: bool = True,
@@ -69,10 +60,9 @@ def make_train_step(
       num_workers: M.
       driver: ``"vmap"`` simulates all workers on one device; ``"shard_map"`` and ``"pmap"`` run
         each on a device of its own, the former also over several processes.
-      has_aux: as for :func:`sasg_jax.gradient`, where ``loss_fn`` is a function. So are:
-      has_model_state: every worker keeps its own; a round in which its direction counts for nothing
-        and the pass at stale parameters never write it. See :func:`mean_model_state`.
-      has_key: whether ``loss_fn`` needs random numbers.
+      has_aux, has_model_state, has_key: as for :func:`sasg_jax.gradient`, where ``loss_fn`` is a
+        function. Every worker keeps a model state of its own; a round in which its direction counts
+        for nothing and the pass at stale parameters never write it. See :func:`mean_model_state`.
       devices: the M devices of ``"pmap"`` and ``"shard_map"``; the first M by default.
       axis_name: the axis that ``tx`` was built with.
       chunk_size: how many of the simulated workers compute at a time. Only their gradients are then
@@ -86,11 +76,11 @@ def make_train_step(
         first called: a leading axis of ``batch`` is not M, ``tx`` contains no transformation of
         ours, or it carries state that differs between workers where it must not.
     """
-    num_workers = check_int("num_workers", num_workers, minimum=1)
-    check_choice("driver", driver, ("vmap", "pmap", "shard_map"))
-    check_axis_name(axis_name)
-    check_bool("donate", donate)
-    check_bool("pass_value", pass_value)
+    num_workers = _checks.check_int("num_workers", num_workers, minimum=1)
+    _checks.check_choice("driver", driver, ("vmap", "pmap", "shard_map"))
+    _checks.check_axis_name(axis_name)
+    _checks.check_bool("donate", donate)
+    _checks.check_bool("pass_value", pass_value)
     has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
     direction = as_direction(loss_fn, **has)
     if isinstance(tx, optax.MultiSteps):
@@ -98,21 +88,21 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)
     devices = _check_devices(driver, devices, num_workers)
     if chunk_size is not None:
-        chunk_size = check_int("chunk_size", chunk_size, minimum=1)
-        if driver != "vmap":
-            raise expected("chunk_size", chunk_size, f"to be None for driver={driver!r}")
+        chunk_size, allowed = (
+            _checks.check_int("chunk_size", chunk_size, minimum=1),
+            "to be None for",
+        )
+        require(driver == "vmap", "chunk_size", chunk_size, f"{allowed} driver={driver!r}")
         drivers.check_chunks(tx, chunk_size)
 
-    def one_worker(state, batch, present):
+    def one_worker(*state_batch_and_present):
+        how = {"axis_name": axis_name, "pass_value": pass_value}
         try:
-            return worker_round(
-                direction, tx, state, batch, present, axis_name=axis_name, pass_value=pass_value
-            )
+            return worker_round(direction, tx, *state_batch_and_present, **how)
         except TypeError as error:
+            note = "If the optimiser needs value=..., say pass_value=True. None has value_fn."
             if not pass_value and "'value'" in str(error):
-                error.add_note(
-                    "If the optimiser needs value=..., say pass_value=True. None has value_fn."
-                )
+                error.add_note(note)
             raise
 
     simulated = functools.partial(
@@ -126,8 +116,8 @@ def make_train_step(
 
     def check(state, batch, present):
         made_for = find_state(state.opt_state).wire.num_workers
-        if made_for != num_workers:
-            raise expected("num_workers", num_workers, f"to be that of the state, {made_for}")
+        allowed = f"to be that of the state, {made_for}"
+        require(made_for == num_workers, "num_workers", num_workers, allowed)
         _check_batch(batch, num_workers, direction.steps)
         if driver != "vmap":
             # The simulation refuses to return as shared what depends on the worker. On devices it
@@ -136,30 +126,27 @@ def make_train_step(
             jax.eval_shape(simulated, *jax.tree.map(shape, (state, batch, present)))
 
     def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
-        _check_init(direction, params, model_state, key)
-        model_state = model_state if direction.has_model_state else ()  # a model may have none
-        _check_no_mesh(driver)
-        params = as_params(params)
+        _check_init(direction, driver, params, model_state, key)
+        # A model may have none.
+        given = _checks.as_params(params), model_state if direction.has_model_state else (), key
 
         def make(params, model_state, key):
-            return TrainState(
-                params=params,
-                opt_state=stack_workers(tx.init(params), num_workers),
-                model_state=jax.tree.map(for_each_worker(num_workers), model_state),
-                keys=() if key is None else jax.random.split(key, num_workers),
-                direction=jax.tree.map(for_each_worker(num_workers), direction.init(params)),
-            )
+            own = model_state, direction.init(params)
+            model_state, own = jax.tree.map(for_each_worker(num_workers), own)
+            opt_state = stack_workers(tx.init(params), num_workers)
+            keys = () if key is None else jax.random.split(key, num_workers)
+            state = TrainState(params, opt_state, model_state, keys, own)
+            return jax.tree.map(jnp.copy, state)  # the step donates them
 
-        copies = lambda *given: jax.tree.map(jnp.copy, make(*given))  # the step donates them
         if mesh is None:
-            return copies(*_on_one_device((params, model_state, key)))
+            return make(*_on_one_device(given))
         if jax.process_count() > 1:
-            _check_same_everywhere((params, model_state, key), mesh)
+            _check_same_everywhere(given, mesh)
         # Every part where the step leaves it, so that the step is compiled once; each process
         # makes those of its own devices.
-        given = _to_host((params, model_state, key))
+        given = _to_host(given)
         where = drivers.shardings(jax.eval_shape(make, *given), mesh)
-        return jax.jit(copies, out_shardings=where)(*given)
+        return jax.jit(make, out_shardings=where)(*given)
 
     def step(state, batch, present=None):
         check(state, batch, present)
@@ -203,12 +190,8 @@ class _Step:
             return state, batch, present
         devices = set(mesh.devices.flat)
 
-        def is_elsewhere(x):
-            if not _is_tied(x):
-                return False
-            on_one = isinstance(x.sharding, SingleDeviceSharding)
-            return on_one or x.sharding.device_set != devices
-
+        on_one = lambda x: isinstance(x.sharding, SingleDeviceSharding)
+        is_elsewhere = lambda x: _is_tied(x) and (on_one(x) or x.sharding.device_set != devices)
         put = lambda x, sharding: jax.device_put(x, sharding) if is_elsewhere(x) else x
         if any(map(is_elsewhere, jax.tree.leaves(state))):
             state = jax.tree.map(put, state, drivers.shardings(state, mesh))
@@ -217,19 +200,16 @@ class _Step:
         return state, batch, put(present, NamedSharding(mesh, PartitionSpec()))
 
 
-def _check_init(direction: Direction, params: PyTree, model_state: PyTree, key: Any) -> None:
+def _check_init(direction: Direction, driver: str, params, model_state, key) -> None:
     if not jax.tree.leaves(params):
         raise ValueError(f"Expected params to hold at least one array, got {params!r}.")
-    if direction.has_key != (key is not None):
-        raise expected("key", key, f"to be {'a PRNG key' if direction.has_key else 'None'} here")
+    allowed = f"to be {'a PRNG key' if direction.has_key else 'None'} here"
+    require(direction.has_key == (key is not None), "key", key, allowed)
     if direction.has_model_state != bool(jax.tree.leaves(model_state)):
         raise ValueError(
             f"Expected model_state to {'hold arrays' if direction.has_model_state else 'be empty'}"
             f", as has_model_state={direction.has_model_state}."
         )
-
-
-def _check_no_mesh(driver: str) -> None:
     kinds = jax.sharding.get_abstract_mesh().axis_types
     if kinds and (driver == "vmap" or jax.sharding.AxisType.Explicit in kinds):
         raise ValueError(
@@ -305,15 +285,13 @@ def _check_same_everywhere(tree: PyTree, mesh: Mesh) -> None:
         )
 
 
-def _check_devices(
-    driver: str, devices: Sequence[Device] | None, num_workers: int
-) -> Sequence[Device]:
+def _check_devices(driver: str, devices: Any, num_workers: int) -> Sequence[Any]:
     if driver == "vmap":
-        if devices is not None:
-            raise expected("devices", devices, "to be None for driver='vmap'")
+        require(devices is None, "devices", devices, "to be None for driver='vmap'")
         return ()
-    if driver == "pmap" and jax.process_count() > 1:
-        raise expected("driver", driver, "to be 'shard_map' where there are several processes")
+    one_process = driver != "pmap" or jax.process_count() == 1
+    allowed = "to be 'shard_map' where there are several processes"
+    require(one_process, "driver", driver, allowed)
     given = jax.devices()[:num_workers] if devices is None else list(devices)
     if len(given) != num_workers:
         raise ValueError(
