@@ -260,7 +260,10 @@ def _keeps_value():
         del state, params, extra_args
         return updates, value
 
-    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()),
+        update,  # pyright: ignore[reportArgumentType]
+    )
 
 
 @pytest.mark.parametrize("arguments", [{}, {"chunk_size": 3}, {"driver": "shard_map"}], ids=str)
