@@ -104,6 +104,14 @@ def test_arrays_on_one_device(name):
         np.testing.assert_allclose(state.params[name], x, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", DRIVERS)
+@pytest.mark.parametrize("present", [np.ones(M, np.float32), np.ones((M, 1), bool)], ids=str)
+def test_presence_of_another_kind_is_named(name, present):
+    train_step = sasg_jax.make_train_step(_loss, _tx(), num_workers=M, **DRIVERS[name])
+    with pytest.raises(ValueError, match=r"^Expected present to be of dtype bool and shape \(4,\)"):
+        train_step.step(train_step.init(jnp.ones(3)), BATCH, present)
+
+
 def test_parameters_whose_copies_differ_start_as_one():
     """Replicas that have drifted apart on the devices of one process are no start."""
     mesh = jax.sharding.Mesh(jax.devices()[:M], ("workers",))

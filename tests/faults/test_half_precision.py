@@ -90,8 +90,9 @@ MANY = 300  # counted in bfloat16 one by one, it stays 256
 @pytest.mark.parametrize("silence", ["keep", "drop"])
 def test_a_mean_over_many_in_bfloat16(silence, options):
     ones = lambda params, batch: params.sum() * batch.sum()
+    exchange = "psum" if silence == "keep" else "gather"
     tx = sasg_jax.compressed_sgd(
-        1.0, sasg_jax.identity(), num_workers=MANY, silence=silence, exchange="gather"
+        1.0, sasg_jax.identity(), num_workers=MANY, silence=silence, exchange=exchange
     )
     train_step = sasg_jax.make_train_step(ones, tx, num_workers=MANY, **options)
     state = train_step.init(jnp.zeros(1, jnp.bfloat16))
@@ -131,6 +132,14 @@ def test_the_mean_of_model_states_that_fits():
     mean = sasg_jax.mean_model_state(state)
     assert (mean["half"] == BIG).all()
     assert (mean["many"] == 1).all()
+
+
+def test_a_rate_that_only_the_product_can_hold():
+    method = sasg_jax.make_method(sasg_jax.identity(), num_workers=1, learning_rate=1e-8)
+    w = jnp.zeros(2, jnp.float16)  # 1e-8 would be 0
+    states = sasg_jax.init_worker(method, w), sasg_jax.init_server(method, w)
+    _, post = sasg_jax.worker_half(method, *states, jnp.full_like(w, BIG), w, index=0)
+    np.testing.assert_allclose(post.message, 3e-4, rtol=1e-3)
 
 
 # What is out of range -----------------------------------------------------------------------------
