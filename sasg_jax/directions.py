@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sasg_jax._checks import check_bool, check_int, expected
-
-PyTree = Any
+from sasg_jax._checks import check_bool, check_int, require
+from sasg_jax.numerics import PyTree, wide
 
 
 class Evaluation(NamedTuple):
@@ -32,20 +31,14 @@ class Evaluation(NamedTuple):
 class Direction:
     """Pure functions, made by :func:`gradient` and :func:`local_steps`.
 
-    Args:
-      init: ``own = init(params)``: what a worker carries for it, before the first round.
-      evaluate: ``evaluation = evaluate(params, own, model_state, key, batch)``.
-      steps: the leading axis of one worker's batch, or None where it has none of its own.
-      gradients: gradients that a round takes.
-      has_aux: whether there are auxiliary values.
-      has_model_state: whether the model has state.
-      has_key: whether random numbers are drawn.
+    ``own = init(params)`` is what a worker carries for it, before the first round, and
+    ``evaluation = evaluate(params, own, model_state, key, batch)``.
     """
 
     init: Callable[[PyTree], PyTree]
     evaluate: Callable[[PyTree, PyTree, PyTree, Any, PyTree], Evaluation]
-    steps: int | None = None
-    gradients: int = 1
+    steps: int | None = None  # the leading axis of a worker's batch, where it has one of its own
+    gradients: int = 1  # that a round takes
     has_aux: bool = False
     has_model_state: bool = False
     has_key: bool = False
@@ -59,7 +52,7 @@ def gradient(
     has_model_state: bool = False,
     has_key: bool = False,
 ) -> Direction:
-    """The gradient of the loss, or the mean of several.
+    """The gradient of the loss, or the mean of several. ValueError for an argument out of range.
 
     Args:
       loss_fn: one worker's loss, ``loss_fn(params, batch)``. With ``has_model_state`` (BatchNorm
@@ -71,9 +64,6 @@ def gradient(
         ``optax.MultiSteps``. With more than 1 every leaf of a worker's batch has a leading axis of
         that many.
       has_aux, has_model_state, has_key: what ``loss_fn`` returns and takes.
-
-    Raises:
-      ValueError: an argument is out of its range.
     """
     accumulate = check_int("accumulate", accumulate, minimum=1)
     has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
@@ -91,12 +81,9 @@ def gradient(
             total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, made.direction)
             return (total, made.model_state), (made.loss, made.aux)
 
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
-        )
-        (total, model_state), (losses, aux) = lax.scan(
-            add, (zeros, model_state), (jnp.arange(accumulate), batch)
-        )
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
+        carried, parts = (zeros, model_state), (jnp.arange(accumulate), batch)
+        (total, model_state), (losses, aux) = lax.scan(add, carried, parts)
         mean = jax.tree.map(lambda t, p: (t / accumulate).astype(p.dtype), total, params)
         return Evaluation(mean, own, model_state, losses.mean(), aux)
 
@@ -118,29 +105,24 @@ def local_steps(
     has_model_state: bool = False,
     has_key: bool = False,
 ) -> Direction:
-    r"""The way that ``steps`` steps of a worker's own lead: old minus new parameters.
-
-    .. math:: \Delta = w_t - w_t^{H}
+    """The way that ``steps`` steps of a worker's own lead, Δ: old minus new parameters.
 
     What follows the mean, the outer optimiser, then takes Δ for a gradient: ``optax.sgd(1.0)`` is
-    local SGD, ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's.
+    local SGD, ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's. ValueError for an
+    argument out of range.
 
     Args:
-      loss_fn: as in :func:`gradient`.
+      loss_fn, has_aux, has_model_state, has_key: as in :func:`gradient`.
       inner: the worker's own optimiser. Its state stays with the worker, from round to round.
       steps: H. Every leaf of a worker's batch has a leading axis of H.
-      has_aux, has_model_state, has_key: as in :func:`gradient`.
-
-    Raises:
-      ValueError: an argument is out of its range.
 
     References: Stich, `Local SGD Converges Fast and Communicates Little
     <https://arxiv.org/abs/1805.09767>`_, 2018; Douillard et al., `DiLoCo
     <https://arxiv.org/abs/2311.08105>`_, 2023
     """
     steps = check_int("steps", steps, minimum=1)
-    if not isinstance(inner, optax.GradientTransformation):
-        raise expected("inner", inner, "to be an optax optimiser")
+    is_optimiser = isinstance(inner, optax.GradientTransformation)
+    require(is_optimiser, "inner", inner, "to be an optax optimiser")
     inner = optax.with_extra_args_support(inner)
     has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
     value_and_grad = _value_and_grad(loss_fn, **has)
@@ -149,16 +131,14 @@ def local_steps(
         def step(carried, step_input):
             local, own, model_state = carried
             number, part = step_input
-            (loss, (model_state, aux)), grads = value_and_grad(
-                local, model_state, _fold(key, number), part
-            )
+            given = local, model_state, _fold(key, number), part
+            (loss, (model_state, aux)), grads = value_and_grad(*given)
             updates, own = inner.update(grads, own, local, value=loss)
             local = optax.apply_updates(local, updates)
             return (local, own, model_state), (loss, aux)
 
-        (local, own, model_state), (losses, aux) = lax.scan(
-            step, (params, own, model_state), (jnp.arange(steps), batch)
-        )
+        carried, parts = (params, own, model_state), (jnp.arange(steps), batch)
+        (local, own, model_state), (losses, aux) = lax.scan(step, carried, parts)
         delta = jax.tree.map(jnp.subtract, params, local)
         return Evaluation(delta, own, model_state, losses.mean(), aux)
 
@@ -172,8 +152,7 @@ def as_direction(loss_fn: Any, **has: bool) -> Direction:
     if not isinstance(loss_fn, Direction):
         return gradient(loss_fn, **has)
     for name, value in has.items():
-        if value:
-            raise expected(name, value, "to be said to sasg_jax.gradient or local_steps instead")
+        require(not value, name, value, "to be said to sasg_jax.gradient or local_steps instead")
     return loss_fn
 
 
@@ -184,16 +163,13 @@ def _value_and_grad(loss_fn, has_aux, has_model_state, has_key):
         extra = {"model_state": model_state} if has_model_state else {}
         extra |= {"key": key} if has_key else {}
         out = loss_fn(params, batch, **extra)
-        new_model_state = aux = ()
+        if not has_model_state and not has_aux:
+            return out, ((), ())
+        loss, rest = out
         if has_model_state and has_aux:
-            loss, (new_model_state, aux) = out
-        elif has_model_state:
-            loss, new_model_state = out
-        elif has_aux:
-            loss, aux = out
-        else:
-            loss = out
-        return loss, (new_model_state, aux)
+            new_model_state, aux = rest
+            return loss, (new_model_state, aux)
+        return loss, (rest, ()) if has_model_state else ((), rest)
 
     return jax.value_and_grad(parts, has_aux=True)
 

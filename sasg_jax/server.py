@@ -18,42 +18,34 @@ from jax import lax
 
 from sasg_jax.exchanges.shards import one_shard
 from sasg_jax.method import Method
-from sasg_jax.numerics import all_finite, wide
+from sasg_jax.numerics import PyTree, all_finite, wide
 from sasg_jax.states import ServerState
-
-PyTree = Any
 
 
 class Kept(NamedTuple):
-    """What is carried where the server is."""
+    """What of the state is carried where the server is; the first fields of ServerState."""
 
-    memory: PyTree  # as in ServerState, as are the others
+    memory: PyTree
     downlink_feedback: PyTree
     downlink_memory: PyTree
 
 
 def init_server(method: Method, params: PyTree) -> ServerState:
     """The state before the first round: empty messages and no steps."""
-    served = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), served_shapes(method, params))
+    served = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _served_shapes(method, params))
+    memory = ()
     if method.feedback.reconstructs:
         memory = jax.tree.map(lambda x: x.astype(wide(x.dtype)), served)
     elif method.remembers:
         message = method.compressor.message_shapes(served)
         memory = jax.tree.map(lambda s: jnp.zeros((method.num_workers, *s.shape), s.dtype), message)
-    else:
-        memory = ()
-    return ServerState(
-        memory=memory,
-        downlink_feedback=method.downlink_feedback.init(served),
-        downlink_memory=method.downlink.init_memory(served),
-        rule=jax.tree.map(jnp.copy, method.rule.init_shared(params)),
-        finite=jnp.asarray(True),
-        threshold=jnp.zeros((), jnp.float32),
-        round=jnp.zeros((), jnp.int32),
-    )
+    down = method.downlink_feedback.init(served), method.downlink.init_memory(served)
+    rule = jax.tree.map(jnp.copy, method.rule.init_shared(params))
+    zero, start = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return ServerState(memory, *down, rule, jnp.asarray(True), zero, start)
 
 
-def served_shapes(method: Method, params: PyTree) -> PyTree:
+def _served_shapes(method: Method, params: PyTree) -> PyTree:
     """Shapes and dtypes of what one server serves: all, or a shard."""
     whole = jax.eval_shape(lambda: params)
     return one_shard(params, method.num_workers) if method.exchange.sharded else whole
@@ -91,21 +83,15 @@ def serve(method: Method, server: ServerState, messages, uploaded, params) -> tu
 
 
 def served(method: Method, server: ServerState, params: PyTree) -> tuple[Any, Kept, tuple]:
-    """``fn, kept, operands``: ``kept, down = fn(kept, messages, uploaded, *operands)``.
-
-    The function closes over nothing that is traced, so that an exchange may run it in a branch.
-    """
+    """``fn, kept, operands``: ``kept, down = fn(kept, messages, uploaded, *operands)``. It closes
+    over nothing that is traced, so that an exchange may run it in a branch."""
     kept = Kept(server.memory, server.downlink_feedback, server.downlink_memory)
     shard = lax.axis_index(method.axis_name) if method.exchange.sharded else jnp.int32(0)
-    of_messages = method.keys(server.round, shard)
-    of_step = method.keys(server.round, method.num_workers + shard)
-    like = served_shapes(method, params)
-    return functools.partial(_serve, method, like), kept, (of_messages, of_step)
+    keys = [method.keys(server.round, who) for who in (shard, method.num_workers + shard)]
+    return functools.partial(_serve, method, _served_shapes(method, params)), kept, tuple(keys)
 
 
-def _serve(
-    method: Method, like: PyTree, kept: Kept, messages: PyTree, uploaded, of_messages, of_step
-) -> tuple[Kept, PyTree]:
+def _serve(method: Method, like: PyTree, kept: Kept, messages, uploaded, of_messages, of_step):
     memory, count = kept.memory, method.num_workers
     if uploaded is not None and not method.exchange.sums:
         replaced = memory if method.remembers else jax.tree.map(jnp.zeros_like, messages)
@@ -136,10 +122,8 @@ def _send_down(method, kept, step, keys):
         return after, compressed.memory, compressed.message
 
     def refuse():  # NaN tells the workers
-        message = jax.tree.map(
-            lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0),
-            compressor.zero_message(p),
-        )
+        nan = lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0)
+        message = jax.tree.map(nan, compressor.zero_message(p))
         return kept.downlink_feedback, kept.downlink_memory, message
 
     return send() if compressor.exact else lax.cond(all_finite(p), send, refuse)
@@ -147,12 +131,8 @@ def _send_down(method, kept, step, keys):
 
 def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> PyTree:
     """``messages`` (leading axis M), with the ``fresh`` ones of the workers that uploaded."""
-
-    def replace(old, new):
-        flags = uploaded.reshape(-1, *(1,) * (new.ndim - 1))
-        return jnp.where(flags, new, old)
-
-    return jax.tree.map(replace, messages, fresh)
+    flags = lambda x: uploaded.reshape(-1, *(1,) * (x.ndim - 1))
+    return jax.tree.map(lambda old, new: jnp.where(flags(new), new, old), messages, fresh)
 
 
 def finish(
@@ -161,19 +141,12 @@ def finish(
     """What every worker makes of what the server sends: the step, and the server's new state."""
     round = method.round(params, server.round)
     threshold, shared = method.rule.begin(server.rule, round)
-    compressor = method.per_link(method.downlink)
-    # What is sent without loss and in one piece is the step itself.
-    if method.downlink.exact and not method.exchange.sharded:
-        step = down
-    else:
+    step = down  # what is sent without loss and in one piece is the step itself
+    if not method.downlink.exact or method.exchange.sharded:
+        compressor = method.per_link(method.downlink)
         key = method.decoder_key(compressor, method.keys(server.round, jnp.int32(0)))
         step = compressor.decompress(down, params, key)
     finite = all_finite([x for x in jax.tree.leaves(down) if jnp.issubdtype(x.dtype, jnp.floating)])
     step = jax.tree.map(lambda x: jnp.where(finite, x, 0), step)
-    return step, ServerState(
-        *kept,
-        finite=finite,
-        rule=method.rule.end(shared, round),
-        threshold=threshold,
-        round=jnp.asarray(optax.safe_increment(server.round)),
-    )
+    number, rule = jnp.asarray(optax.safe_increment(server.round)), method.rule.end(shared, round)
+    return step, ServerState(*kept, rule, finite, threshold, number)

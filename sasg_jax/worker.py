@@ -142,15 +142,7 @@ def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
 
 
 def worker_half_with_mean(
-    method: Method,
-    worker: WorkerState,
-    server: ServerState,
-    direction: PyTree,
-    params: PyTree,
-    *,
-    index: Any,
-    present: Any,
-    mean: Callable[[PyTree], PyTree],
+    method: Method, worker: WorkerState, server, direction, params, *, index, present, mean
 ) -> tuple[WorkerState, Post]:
     """As :func:`worker_half`, for a compressor that takes means over workers in its middle.
 
@@ -158,23 +150,19 @@ def worker_half_with_mean(
     message it returns the mean over workers, decoded and like ``params``.
     """
     assert method.compressor.compress_mean is not None
-    round = method.round(params, server.round)
+    round, present = method.round(params, server.round), jnp.asarray(present)
     p = method.feedback.before(scale(round.learning_rate, direction), worker.feedback)
     fits = all_finite(p)
-    used = fits & jnp.asarray(present)
+    used = fits & present
     p = jax.tree.map(lambda x: jnp.where(used, x, 0), p)
     key = method.compressor_key(method.compressor, method.keys(server.round, index))
     made = method.compressor.compress_mean(p, worker.compressor_memory, key, mean)
     decoded, compressed = made[0], Compressed((), *made[1:])
     feedback = method.feedback.after(worker.feedback, compressed, lambda: decoded)
-    new_worker = worker._replace(
-        feedback=jax.tree.map(lambda x, old: jnp.where(used, x, old), feedback, worker.feedback),
-        compressor_memory=compressed.memory,
-        staleness=jnp.where(used, 1, worker.staleness + 1).astype(jnp.int32),
-        uploaded=used,
-        used=used,
-        finite=fits | ~jnp.asarray(present),
-    )
+    feedback = jax.tree.map(lambda x, old: jnp.where(used, x, old), feedback, worker.feedback)
+    staleness = jnp.where(used, 1, worker.staleness + 1).astype(jnp.int32)
+    carried = feedback, compressed.memory, worker.rule, staleness
+    new_worker = WorkerState(*carried, used, used, fits | ~present, worker.innovation)
     return new_worker, Post(decoded, used)
 
 
