@@ -95,10 +95,9 @@ def _vectors(size: int, k: int):
 @pytest.mark.parametrize(
     ("size", "k", "dtype"),
     [
-        (200, 2, jnp.float32),
+        (200, 2, jnp.float16),
         (5000, 50, jnp.float32),
         (5000, 50, jnp.bfloat16),
-        (5000, 50, jnp.float16),
         (40_000, 400, jnp.float32),
     ],
 )
@@ -107,7 +106,9 @@ def test_hard_vector(size, k, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["normal", "tied", "constant", "sampled_large"])
-@pytest.mark.parametrize(("k", "stride"), [(5000, 31), (40_000, 67)])
+@pytest.mark.parametrize(
+    ("k", "stride"), [(40_000, 67), pytest.param(5000, 31, marks=pytest.mark.slow)]
+)
 def test_long_stride(k, stride, kind):
     size = 200_000
     vectors = _vectors(size, k)
@@ -133,26 +134,21 @@ def _compiled(k, method):
     return jax.jit(lambda x: selection.magnitude_top_k(x, k, method=method))
 
 
-@pytest.mark.parametrize(
-    ("method", "size"), [("auto", (1 << 15) - 1), ("auto", 1 << 15), ("pruned", 1 << 15)]
-)
-def test_at_the_size_where_auto_switches(method, size):
+@pytest.mark.parametrize("size", [(1 << 15) - 1, 1 << 15])
+def test_at_the_size_where_auto_switches(size):
     x = _vectors(size, 300)["tied"]
-    got = _compiled(300, method)(x)
+    got = _compiled(300, "auto")(x)
     want = np.argsort(-np.abs(x), kind="stable")[:300]
     np.testing.assert_array_equal(np.sort(got), np.sort(want))
 
 
-def test_under_vmap_and_scan():
+def test_under_vmap():
     size, k = 1000, 10
     rows = np.stack([_vectors(size, k)[kind] for kind in ("normal", "tied", "sample_too_large")])
     want = np.sort(np.argsort(-np.abs(rows), axis=1, kind="stable")[:, :k], axis=1)
 
-    def select(x):
-        return jnp.sort(selection.pruned_top_k(x, k))
-
-    np.testing.assert_array_equal(jax.jit(jax.vmap(select))(rows), want)
-    np.testing.assert_array_equal(lax.scan(lambda c, x: (c, select(x)), None, rows)[1], want)
+    got = jax.jit(jax.vmap(lambda x: selection.pruned_top_k(x, k)))(rows)
+    np.testing.assert_array_equal(np.sort(got), want)
 
 
 @pytest.mark.parametrize(("size", "method"), [(1000, "lax"), (1000, "pruned"), (40_000, "auto")])

@@ -159,9 +159,10 @@ def _run(name, driver, tx=None):
 
 
 # The others are made of these: their marks are looked at above.
-IN_A_LOOP = ("pipeline", "named_chain", "masked", "partition", "sharded")
+SHARDED = pytest.param("sharded", marks=pytest.mark.slow)  # two selections in each of the shards
+IN_A_LOOP = ["pipeline", "named_chain", "masked", "partition", SHARDED]
 # Under both maps the marks are the same: these have own parts in each of the places.
-ON_DEVICES = ["pipeline", pytest.param("sharded", marks=pytest.mark.slow)]
+ON_DEVICES = ["pipeline", SHARDED]
 
 
 @pytest.mark.parametrize("name", IN_A_LOOP)
@@ -239,6 +240,7 @@ def test_gradient_function_of_ones_own_learns_what_it_gets(name):
     assert any("grad_fn gets params as they reach sasg_jax" in n for n in raised.value.__notes__)
 
 
+@pytest.mark.slow
 def test_injected_learning_rate_is_the_learning_rate():
     got, want = (_run(name, "vmap")[1].params for name in ("inject_hyperparams", "plain"))
     chex.assert_trees_all_close(got, want, atol=1e-6)
@@ -348,7 +350,11 @@ REFUSED = {
         MULTI_STEPS,
     ),
     "multi_steps_that_skips": (
-        optax.MultiSteps(_sasg(), 2, should_skip_update_fn=_skip).gradient_transformation(),
+        optax.MultiSteps(
+            _sasg(),
+            2,
+            should_skip_update_fn=_skip,  # pyright: ignore[reportArgumentType]
+        ).gradient_transformation(),
         MULTI_STEPS,
     ),
     "multi_steps_that_skips_with_a_state": (
@@ -394,7 +400,11 @@ def test_multi_steps_itself(skip):
     with pytest.raises(ValueError, match=MULTI_STEPS):
         sasg_jax.per_worker(tx.init(PARAMS))
     with pytest.raises(ValueError, match=MULTI_STEPS):
-        sasg_jax.make_train_step(problems.quadratic_loss, tx, num_workers=M)
+        sasg_jax.make_train_step(
+            problems.quadratic_loss,
+            tx,  # pyright: ignore[reportArgumentType]
+            num_workers=M,
+        )
 
 
 def test_masked_gradients_that_would_reach_the_parameters():

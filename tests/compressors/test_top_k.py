@@ -68,7 +68,8 @@ def test_exactly_k_entries(size, density, k):
     compressor = sasg_jax.top_k(density)
     message, remainder, _ = _compress(compressor, x)
     chex.assert_shape(jax.tree.leaves(message), (k,))
-    kept = np.asarray(jax.jit(compressor.decompress)(message, x))
+    kept = np.zeros(size)
+    kept[np.asarray(message[0].indices)] = message[0].values
     # The largest k of 1..size, at their places.
     np.testing.assert_array_equal(kept, np.where(x > size - k, x, 0))
     np.testing.assert_array_equal(remainder, np.where(x > size - k, 0, x))
@@ -130,11 +131,10 @@ def test_density_one_is_the_identity(scope):
     chex.assert_trees_all_equal(remainder, jax.tree.map(jnp.zeros_like, tree))
 
 
-@pytest.mark.parametrize("selection", ["auto", "lax", "pruned"])
-def test_selection_does_not_change_the_message(selection):
+def test_selection_does_not_change_the_message():
     tree = _tree(seed=3)
     want = _compress(sasg_jax.top_k(0.05, selection="lax"), tree).remainder
-    got = _compress(sasg_jax.top_k(0.05, selection=selection), tree).remainder
+    got = _compress(sasg_jax.top_k(0.05, selection="pruned"), tree).remainder
     chex.assert_trees_all_equal(got, want)
 
 

@@ -38,9 +38,7 @@ def test_one_shard_has_the_shapes_of_a_row():
     chex.assert_trees_all_equal_shapes_and_dtypes(shards.one_shard(TREE, 3), want)
 
 
-@pytest.mark.parametrize(
-    ("scope", "num_shards"), [("tensor", 1), ("tensor", 3), ("tensor", 16), ("tree", 3)]
-)
+@pytest.mark.parametrize(("scope", "num_shards"), [("tensor", 1), ("tensor", 16), ("tree", 3)])
 def test_conserves_bit_for_bit(scope, num_shards):
     """decoded + remainder = tree, with the same number of entries from every shard."""
     compressor = shards.per_shard(sasg_jax.top_k(0.3, scope=scope), num_shards)

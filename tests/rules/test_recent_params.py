@@ -35,7 +35,7 @@ def test_keeps_nothing_where_nobody_asks():
 
 def _optimizer(name, share):
     """Some workers are silent, and some until they must upload."""
-    alpha = 3e3 if name == "lasg" else 1e3
+    alpha = 100.0
     kwargs = {"history": 2, "max_staleness": 4, "share_stale_params": share}
     if name != "aggregate":
         return METHODS[name](LEARNING_RATE, num_workers=M, alpha=alpha, **kwargs)
@@ -49,14 +49,14 @@ ROUNDS = 40
 
 def _run(name, driver, share):
     """The optimiser's state after, the parameters after, and what happened in every round."""
-    images, labels = (x[:ROUNDS] for x in problems.mlp_batches(M))
+    images, labels = problems.softmax_batches(M, ROUNDS)
     images = images.copy()
     images[20:27, 1] = np.nan
     train_step = sasg_jax.make_train_step(
-        problems.mlp_loss, _optimizer(name, share), num_workers=M, driver=driver, donate=False
+        problems.softmax_loss, _optimizer(name, share), num_workers=M, driver=driver, donate=False
     )
     run = jax.jit(lambda state, batches: jax.lax.scan(train_step.step, state, batches))
-    state, infos = run(train_step.init(problems.mlp_params()), (images, labels))
+    state, infos = run(train_step.init(problems.softmax_params()), (images, labels))
     return find_state(state.opt_state), jax.device_get((state.params, infos._asdict()))
 
 
