@@ -168,6 +168,7 @@ def test_zero_after_is_zero_after_any_number(dtype):
 def test_zero_after_needs_the_floats():
     """The compiler cannot know it without them: what uses it waits for every one."""
     text = jax.jit(zero_after).lower((jnp.ones(3), jnp.ones(4))).compile().as_text()
+    assert text
     entry = text[text.index("ENTRY") :]
     used = [line for line in entry.splitlines() if "fusion(" in line or "call(" in line]
     assert any("%tree_0" in line or "tree[0]" in line for line in used), entry

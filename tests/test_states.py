@@ -1,5 +1,7 @@
 """What is carried from round to round: found again in any wrapper, and saved by other libraries."""
 
+from typing import Any
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -132,7 +134,7 @@ def test_wire_is_no_array_and_tells_methods_apart():
 
 def test_finite_is_of_both_ways():
     """What a worker has refused, and a step that all of them refuse."""
-    state = METHODS["sasg"](0.1, num_workers=M).init(PARAMS)
+    state: Any = METHODS["sasg"](0.1, num_workers=M).init(PARAMS)
     for worker, server in ((True, True), (True, False), (False, True)):
         changed = state._replace(
             worker=state.worker._replace(finite=jnp.asarray(worker)),

@@ -253,6 +253,7 @@ def test_flags_of_a_rule_are_read_where_it_is_called():
     """And where a method is put together; whoever else asked would know one rule from another."""
     for name in OF_THE_LIBRARY:
         for node in ast.walk(ast.parse(FILES[name].read_text())):
-            asks = isinstance(node, ast.Attribute) and node.attr in FLAGS_OF_A_RULE
-            if asks and ast.unparse(node.value).split(".")[-1] == "rule":
+            if not isinstance(node, ast.Attribute) or node.attr not in FLAGS_OF_A_RULE:
+                continue
+            if ast.unparse(node.value).split(".")[-1] == "rule":
                 assert name in ("sasg_jax/method.py", "sasg_jax/worker.py"), ast.unparse(node)

@@ -23,7 +23,7 @@ import sasg_jax
 from experiments.configs import CONFIGS
 from experiments.methods import make_optimizer
 from experiments.training.models import make_model
-from sasg_jax.server import served_shapes
+from sasg_jax.exchanges.shards import one_shard
 from sasg_jax.states import find_state
 
 PyTree = Any
@@ -152,7 +152,8 @@ class Host:
         """The collectives of a round, on messages of the sizes that the method's have."""
         used = method.exchange
         message = method.per_link(method.compressor).message_shapes(params)
-        answer = method.downlink.message_shapes(served_shapes(method, params))
+        served = one_shard(params, method.num_workers) if used.sharded else params
+        answer = method.downlink.message_shapes(served)
 
         def on_one_device(message, answer, uploaded):
             message, answer, uploaded = jax.tree.map(lambda x: x[0], (message, answer, uploaded))

@@ -12,6 +12,20 @@ from examples import qsgd
 LEVELS, RATE, ROUNDS = 3, 0.2, 12
 
 
+def _draws(key, shapes):
+    """The numbers of each worker in each round. ``# shape=(ROUNDS, M, ...)``"""
+
+    def draw(round, worker):
+        key_of_worker = jax.random.fold_in(jax.random.fold_in(key, round), worker)
+        keys = jax.random.split(key_of_worker, len(shapes))
+        return {
+            name: jax.random.uniform(k, shapes[name]) for name, k in zip(shapes, keys, strict=True)
+        }
+
+    over_all = jax.vmap(jax.vmap(draw, in_axes=(None, 0)), in_axes=(0, None))
+    return problems.to_numpy(jax.jit(over_all)(np.arange(ROUNDS), np.arange(M)))
+
+
 def test_equals_a_loop():
     """The key is folded by the round and then by the worker, and split over tensors."""
     key, centres = jax.random.key(7), problems.centres(rounds=ROUNDS)
@@ -23,15 +37,14 @@ def test_equals_a_loop():
     assert infos.uploaded.all()
 
     w = problems.to_numpy(problems.quadratic_params())
+    draws = _draws(key, {name: w[name].shape for name in sorted(w)})
     for t in range(ROUNDS):
         total = {name: np.zeros_like(x) for name, x in w.items()}
         for m in range(M):
-            keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, t), m), len(w))
-            for name, leaf_key in zip(sorted(w), keys, strict=True):
+            for name in w:
                 p = RATE * (w[name] - centres[name][t, m])
-                draw = np.asarray(jax.random.uniform(leaf_key, p.shape))
                 norm = np.sqrt((p**2).sum())
-                level = np.floor(LEVELS * np.abs(p) / norm + draw)
+                level = np.floor(LEVELS * np.abs(p) / norm + draws[name][t, m])
                 total[name] += norm * np.sign(p) * level / LEVELS
         w = {name: x - total[name] / M for name, x in w.items()}
     jax.tree.map(

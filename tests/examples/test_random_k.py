@@ -11,6 +11,19 @@ from examples import random_k
 DENSITY, RATE, ROUNDS = 0.3, 0.2, 15
 
 
+def _draws(key, sizes):
+    """The entries of each tensor in each round. ``# shape=(ROUNDS, k)``"""
+
+    def draw(round):
+        keys = jax.random.split(jax.random.fold_in(key, round), len(sizes))
+        return {
+            name: jax.random.choice(keys[i], size, (int(DENSITY * size),), replace=False)
+            for i, (name, size) in enumerate(sizes.items())
+        }
+
+    return problems.to_numpy(jax.jit(jax.vmap(draw))(np.arange(ROUNDS)))
+
+
 def test_equals_a_loop():
     """All workers draw the same entries, from the key of the round, and keep the rest."""
     key, centres = jax.random.key(7), problems.centres(rounds=ROUNDS)
@@ -20,12 +33,10 @@ def test_equals_a_loop():
 
     w = problems.to_numpy(problems.quadratic_params())
     e = {name: np.zeros((M, x.size), np.float32) for name, x in w.items()}
+    draws = _draws(key, {name: w[name].size for name in sorted(w)})
     for t in range(ROUNDS):
-        keys = jax.random.split(jax.random.fold_in(key, t), len(w))
-        for name, leaf_key in zip(sorted(w), keys, strict=True):
-            size = w[name].size
-            kept = (int(DENSITY * size),)
-            drawn = np.asarray(jax.random.choice(leaf_key, size, kept, replace=False))
+        for name in w:
+            size, drawn = w[name].size, draws[name][t]
             step_taken = np.zeros(size, np.float32)
             for m in range(M):
                 p = e[name][m] + RATE * (w[name] - centres[name][t, m]).ravel()

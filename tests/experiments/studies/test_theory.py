@@ -30,7 +30,7 @@ def results(steps):
     """Of runs that were not made, but in which all that can be seen is 1."""
 
     def make(problem, method, plan, seeds):
-        observed = runs.Observations(*[np.ones(len(seeds))] * 9)
+        observed = runs.Observations._make([np.ones(len(seeds))] * len(runs.Observations._fields))
         return [runs.Run(problem, method, *setting, observed) for setting in plan]
 
     with pytest.MonkeyPatch.context() as patch:
