@@ -29,8 +29,7 @@ class Parts(TypedDict, total=False):
     silence: str | None
     """What a silent worker counts as: ``"reuse"``, its last message again (the paper's);
     ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a mean
-    over those that sent. By default what suits the rule: ``"reuse"`` for
-    :func:`sasg_jax.innovation`, ``"keep"`` for :func:`sasg_jax.every`."""
+    over those that sent. By default the rule's: ``"reuse"`` for :func:`sasg_jax.innovation`."""
     coder: Coder | None  # how a message is written; as it is by default
     downlink: Compressor | None  # of the way down, e.g. top_k(0.01); dense by default
     downlink_coder: Coder | None  # how the server's message is written
@@ -74,12 +73,11 @@ class Method:
 
     @property
     def downlink_feedback(self) -> Feedback:
-        """What becomes of the part of the step that the way down leaves out."""
         return _default_feedback(self.downlink, keeps=False)
 
     @property
     def settings(self) -> tuple[tuple[str, str], ...]:
-        """What a state is made for: names of the parts."""
+        """Names of the parts, for which a state is made."""
         parts = {name: getattr(self, name) for name in _SETTINGS}
         return tuple((name, str(getattr(part, "name", part))) for name, part in parts.items())
 
@@ -117,19 +115,12 @@ class Method:
         up, down = self.per_link(self.compressor), self.per_link(self.downlink)
         size, step, exchange = up.message_size(params), down.message_size(params), self.exchange
         ours = exchanges_lib.EXCHANGES.get(exchange.name) is exchange
-        return Wire(
-            num_workers=self.num_workers,
-            upload_bytes=size.bytes,
-            upload_paper_bits=size.paper_bits,
-            flag_bytes=int(self.tells),
-            downlink_bytes=0 if exchange.forwards else step.bytes,
-            moved_upload_bytes=exchange.moved_bytes(up.message_shapes(params)),
-            moved_downlink_bytes=exchange.moved_bytes(down.message_shapes(params)),
-            max_staleness=self.rule.max_staleness or 0,
-            exchange=exchange.name,
-            method=self.settings,
-            custom_exchange=None if ours else exchange,
-        )
+        down_bytes = 0 if exchange.forwards else step.bytes
+        sizes = size.bytes, size.paper_bits, int(self.tells), down_bytes
+        moved = lambda part: exchange.moved_bytes(part.message_shapes(params))
+        ours_or_none = None if ours else exchange
+        rest: Any = self.rule.max_staleness or 0, exchange.name, self.settings, ours_or_none
+        return Wire(self.num_workers, *sizes, moved(up), moved(down), *rest)
 
 
 _SETTINGS = ("num_workers", "compressor", "rule", "feedback", "silence", "downlink", "exchange")

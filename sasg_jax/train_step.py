@@ -29,10 +29,8 @@ class TrainStep(NamedTuple):
     """``state = init(params, model_state=(), key=None)``; ``model_state`` is one worker's."""
     step: Any
     """``state, info = step(state, batch, present=None)``, jitted. The old state is donated: do not
-    use it again.
-
-    Every leaf of ``batch`` has a leading axis of M, and then one of the direction's steps where it
-    has several. ``present`` says who takes part (shape (M,), dtype bool); None is everybody."""
+    use it again. Every leaf of ``batch`` has a leading axis of M, and then one of the direction's
+    steps where it has several. ``present``: who takes part, shape=(M,), dtype=bool; None is all."""
 
 
 def make_train_step(
@@ -88,15 +86,13 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)
     devices = _check_devices(driver, devices, num_workers)
     if chunk_size is not None:
-        chunk_size, allowed = (
-            _checks.check_int("chunk_size", chunk_size, minimum=1),
-            "to be None for",
-        )
-        require(driver == "vmap", "chunk_size", chunk_size, f"{allowed} driver={driver!r}")
+        chunk_size = _checks.check_int("chunk_size", chunk_size, minimum=1)
+        require(driver == "vmap", "chunk_size", chunk_size, f"to be None for driver={driver!r}")
         drivers.check_chunks(tx, chunk_size)
 
+    how = {"axis_name": axis_name, "pass_value": pass_value}
+
     def one_worker(*state_batch_and_present):
-        how = {"axis_name": axis_name, "pass_value": pass_value}
         try:
             return worker_round(direction, tx, *state_batch_and_present, **how)
         except TypeError as error:
@@ -105,14 +101,13 @@ def make_train_step(
                 error.add_note(note)
             raise
 
-    simulated = functools.partial(
-        drivers.simulate, one_worker, num_workers=num_workers, axis_name=axis_name
-    )
+    over = {"num_workers": num_workers, "axis_name": axis_name}
+    simulated = functools.partial(drivers.simulate, one_worker, **over)
     mesh = Mesh(np.asarray(devices), (axis_name,)) if driver != "vmap" else None
     run = simulated if mesh is None else functools.partial(drivers.on_mesh, one_worker, mesh=mesh)
     if chunk_size is not None:
-        how = {"chunk_size": chunk_size, "axis_name": axis_name, "pass_value": pass_value}
-        run = functools.partial(drivers.simulate_in_chunks, direction, tx, **how)
+        chunks = functools.partial(drivers.simulate_in_chunks, chunk_size=chunk_size, **how)
+        run = functools.partial(chunks, direction, tx)
 
     def check(state, batch, present):
         made_for = find_state(state.opt_state).wire.num_workers
@@ -139,12 +134,12 @@ def make_train_step(
             return jax.tree.map(jnp.copy, state)  # the step donates them
 
         if mesh is None:
-            return make(*_on_one_device(given))
+            return make(*jax.tree.map(_on_one_device, given))
         if jax.process_count() > 1:
             _check_same_everywhere(given, mesh)
         # Every part where the step leaves it, so that the step is compiled once; each process
         # makes those of its own devices.
-        given = _to_host(given)
+        given = jax.tree.map(_to_host, given)
         where = drivers.shardings(jax.eval_shape(make, *given), mesh)
         return jax.jit(make, out_shardings=where)(*given)
 
@@ -189,7 +184,6 @@ class _Step:
         if (mesh := self._mesh) is None:
             return state, batch, present
         devices = set(mesh.devices.flat)
-
         on_one = lambda x: isinstance(x.sharding, SingleDeviceSharding)
         is_elsewhere = lambda x: _is_tied(x) and (on_one(x) or x.sharding.device_set != devices)
         put = lambda x, sharding: jax.device_put(x, sharding) if is_elsewhere(x) else x
@@ -205,11 +199,9 @@ def _check_init(direction: Direction, driver: str, params, model_state, key) -> 
         raise ValueError(f"Expected params to hold at least one array, got {params!r}.")
     allowed = f"to be {'a PRNG key' if direction.has_key else 'None'} here"
     require(direction.has_key == (key is not None), "key", key, allowed)
-    if direction.has_model_state != bool(jax.tree.leaves(model_state)):
-        raise ValueError(
-            f"Expected model_state to {'hold arrays' if direction.has_model_state else 'be empty'}"
-            f", as has_model_state={direction.has_model_state}."
-        )
+    if (has := direction.has_model_state) != bool(jax.tree.leaves(model_state)):
+        what = "hold arrays" if has else "be empty"
+        raise ValueError(f"Expected model_state to {what}, as has_model_state={has}.")
     kinds = jax.sharding.get_abstract_mesh().axis_types
     if kinds and (driver == "vmap" or jax.sharding.AxisType.Explicit in kinds):
         raise ValueError(
@@ -234,30 +226,22 @@ def _is_tied(x: Any) -> bool:
     return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
 
 
-def _on_one_device(tree: PyTree) -> PyTree:
-    """Takes arrays that lie on several devices, e.g. over an explicit mesh, to the first."""
-
-    def move(x):
-        if not _is_tied(x) or isinstance(x.sharding, SingleDeviceSharding):
-            return x
-        first = min(x.sharding.addressable_devices, key=lambda device: device.id)
-        return jax.device_put(x, SingleDeviceSharding(first))
-
-    return jax.tree.map(move, tree)
+def _on_one_device(x: Any) -> Any:
+    """An array that lies on several devices, e.g. over an explicit mesh, on the first of them."""
+    if not _is_tied(x) or isinstance(x.sharding, SingleDeviceSharding):
+        return x
+    first = min(x.sharding.addressable_devices, key=lambda device: device.id)
+    return jax.device_put(x, SingleDeviceSharding(first))
 
 
-def _to_host(tree: PyTree) -> PyTree:
-    """Arrays that a computation on any devices takes: those of one device would tie it there."""
-
-    def move(x):
-        if not _is_tied(x) or not x.is_fully_addressable:
-            return x
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = jnp.asarray(np.asarray(jax.random.key_data(x)))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        return np.asarray(x)
-
-    return jax.tree.map(move, tree)
+def _to_host(x: Any) -> Any:
+    """An array that a computation on any devices takes: one of one device would tie it there."""
+    if not _is_tied(x) or not x.is_fully_addressable:
+        return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = jnp.asarray(np.asarray(jax.random.key_data(x)))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return np.asarray(x)
 
 
 def _check_same_everywhere(tree: PyTree, mesh: Mesh) -> None:

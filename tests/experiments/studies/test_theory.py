@@ -31,7 +31,7 @@ def results(steps):
 
     def make(problem, method, plan, seeds):
         observed = runs.Observations._make([np.ones(len(seeds))] * len(runs.Observations._fields))
-        return [runs.Run(problem, method, *setting, observed) for setting in plan]
+        return [runs.Run._make((problem, method, *setting, observed)) for setting in plan]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "make", make)
