@@ -10,21 +10,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sasg_jax._checks import check_choice, check_int, require
-from sasg_jax.exchanges import EXCHANGES, Traffic
+from sasg_jax.exchanges import EXCHANGES, Links, Traffic
 from sasg_jax.numerics import PyTree
 from sasg_jax.states import Wire, find_state
 
 
 class Ledger:
-    """What a run has sent.
+    """What a run has sent; of ``opt_state``, any that contains ours, only static sizes are read.
 
     Two pictures, always named. ``uplink_bytes`` and ``downlink_bytes`` are the paper's: M workers
     and a server apart from them; what has to cross the links of that star. ``sent_bytes`` and
     ``received_bytes`` are what the exchange in use moves over each worker's own link, when every
     worker has one: there the server is one of the workers, or all of them.
-
-    Args:
-      opt_state: any optimiser state that contains ours; only its static sizes are read.
 
     >>> import jax.numpy as jnp, sasg_jax
     >>> tx = sasg_jax.sasg(0.1, num_workers=4, density=0.01, exchange="server")
@@ -53,20 +50,17 @@ class Ledger:
         self.model_state_bytes = 0  # of model state (BatchNorm statistics) that was averaged
 
     def record(self, uploaded: Any, present: Any = None) -> None:
-        """Adds rounds.
-
-        Over several processes, ``uploaded`` may lie on the devices of all: then all must call this.
+        """Adds rounds. Over several processes, ``uploaded`` may lie on the devices of all: then all
+        must call this.
 
         Args:
           uploaded: who uploaded. ``# shape=(M,) or (rounds, M), dtype=bool`` Where all always
             upload and nobody tells, every message is sent, also one that a refused gradient has
             left empty: who is present counts as having uploaded.
-          present: who took part; None for all. Another shape or dtype than that of ``uploaded`` is
-            a ValueError.
+          present: who took part; None for all. ValueError for another shape or dtype.
 
-        Warns:
-          UserWarning: once, when in ``2 max_staleness`` rounds in which the rule was asked it has
-            let nobody upload.
+        Warns once, when in ``2 max_staleness`` rounds in which the rule was asked it has let nobody
+        upload.
         """
         flags = self._flags("uploaded", uploaded)
         there = np.ones_like(flags) if present is None else self._flags("present", present)
@@ -148,20 +142,18 @@ class Ledger:
     @property
     def sent_bytes(self) -> tuple[int, ...]:
         """What the exchange sends from each worker, without the headers of the network below it."""
-        return self._links(0)
+        return tuple(self._links().sent)
 
     @property
     def received_bytes(self) -> tuple[int, ...]:
         """What each worker receives, as :attr:`sent_bytes`."""
-        return self._links(1)
+        return tuple(self._links().received)
 
-    def _links(self, direction: int) -> tuple[int, ...]:
+    def _links(self) -> Links:
         wire = self._wire
-        traffic = Traffic(
-            *(wire.moved_upload_bytes, wire.moved_downlink_bytes, wire.flag_bytes),
-            *(self.uploads_by_worker, self.rounds_by_uploads),
-        )
-        return tuple(wire.exchange_object.all_links(traffic)[direction])
+        moved = wire.moved_upload_bytes, wire.moved_downlink_bytes, wire.flag_bytes
+        traffic = Traffic(*moved, self.uploads_by_worker, self.rounds_by_uploads)
+        return wire.exchange_object.all_links(traffic)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything needed to go on counting, for a checkpoint; exact in JSON."""

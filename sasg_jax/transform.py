@@ -2,9 +2,8 @@
 
     worker half  →  exchange  →  server half
 
-:func:`aggregate` stands before any optax optimiser, :func:`compressed_sgd` is a complete one with
-the learning rate inside the compressor, and :func:`pipeline` puts what stands before and after
-around either. :mod:`sasg_jax.algorithms` has the named methods.
+:func:`aggregate` stands before any optax optimiser, :func:`compressed_sgd` is a complete one, and
+:func:`pipeline` puts what stands before and after around either.
 """
 
 import functools
@@ -65,19 +64,17 @@ def aggregate(
 
         tx = sasg_jax.pipeline(sasg_jax.aggregate(num_workers=8), optax.adamw(3e-4))
 
+    Its ``update(grads, state, params, *, grad_fn=None, present=None)`` runs as one worker under
+    ``jax.vmap``, ``jax.pmap`` or ``jax.shard_map``; the updates are the same on all workers. A rule
+    that compares needs ``grad_fn(params)``, which evaluates the gradient on the same batch with the
+    same randomness. ``present`` says who takes part in the round, the same on all workers (shape
+    (M,), dtype bool): a worker that does not is a silent one, and nothing of its own changes.
+
     Args:
       compressor: what a worker sends; ``top_k(0.01)`` by default.
       rule: when it sends; :func:`sasg_jax.always` by default.
       num_workers: M, the size of the mapped axis over workers.
       **parts: any others, see :class:`sasg_jax.Parts`.
-
-    Returns:
-      A transformation whose ``update(grads, state, params, *, grad_fn=None, present=None)`` runs as
-      one worker under ``jax.vmap``, ``jax.pmap`` or ``jax.shard_map``. A rule that compares needs
-      ``grad_fn(params)``, which evaluates the gradient on the same batch with the same randomness.
-      ``present`` says who takes part in the round, the same on all workers (shape (M,), dtype
-      bool): a worker that does not is a silent one, and nothing of its own changes. The updates are
-      the same on all workers.
 
     Raises:
       ValueError: an argument is out of its range, or does not go with the others.
@@ -107,10 +104,8 @@ def compressed_sgd(
     >>> tx.method.exchange.name, tx.method.silence
     ('lazy', 'keep')
     """
-    rate = check_learning_rate(learning_rate)
-    return _from_method(
-        make_method(compressor, rule, learning_rate=rate, num_workers=num_workers, **_flat(parts))
-    )
+    how = {"learning_rate": check_learning_rate(learning_rate), "num_workers": num_workers}
+    return _from_method(make_method(compressor, rule, **how, **_flat(parts)))
 
 
 def _flat(parts: Any) -> dict[str, Any]:
@@ -137,15 +132,13 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
             f"got {len(places)}."
         )
     (place,) = places
-    ours = transformations[place]
-    assert isinstance(ours, Transformation)
+    ours: Any = transformations[place]
     # optax.chain() of nothing is an error.
     before = optax.chain(optax.identity(), *transformations[:place])
     after = optax.chain(optax.identity(), *transformations[place + 1 :])
 
     def init(params):
-        aggregated = cast(AggregateState, ours.init(params))
-        return PipelineState(before.init(params), aggregated, after.init(params))
+        return PipelineState(before.init(params), ours.init(params), after.init(params))
 
     def worker_part(grads, state, params, index, present, grad_fn):
         _check_kind(state, PipelineState)
@@ -154,8 +147,9 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
         again = None if grad_fn is None else pass_on
         worker, post = ours.worker_part(passed, state.aggregate, params, index, present, again)
         keep = lambda new, old: jnp.where(ours.find_ours(worker).worker.used, new, old)
-        new_before = jax.tree.map(keep, new_before, state.before)
-        return PipelineState(new_before, worker, state.after), post
+        return PipelineState(
+            jax.tree.map(keep, new_before, state.before), worker, state.after
+        ), post
 
     def server_part(state, kept, down, params, extra_args):
         updates, aggregated = ours.server_part(state.aggregate, kept, down, params, extra_args)

@@ -77,12 +77,12 @@ class Exchange:
     """
 
     name: str  # in arguments and errors
-    refuses: Callable[[Needs], str | None]
     collect: Callable[[PyTree, jax.Array | None, str], PyTree]
     moved_bytes: Callable[[PyTree], int]
     links: Callable[[Traffic], Links]
     tell: Callable[[jax.Array, str], jax.Array]
     flag_links: Callable[[int], Links]
+    refuses: Callable[[Needs], str | None] = refuse_mean_inside
     serve: Callable[..., tuple[PyTree, PyTree]] = lambda fn, axis_name, *operands: fn(*operands)
     spread: Callable[[PyTree, str], PyTree] = lambda down, axis_name: down
     mean: Callable[..., PyTree] | None = None

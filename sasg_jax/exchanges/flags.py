@@ -1,5 +1,7 @@
 """Telling all workers who uploads: one byte each."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,11 +11,8 @@ from sasg_jax.exchanges.base import Links, over_workers
 
 
 def tell_all(uploaded: jax.Array, axis_name: str) -> jax.Array:
-    """Tells every worker who uploads. ``# shape=(M,), dtype=bool``
-
-    In each step a worker hears from another one all that this one knows, so that a few steps tell
-    everything: ⌈log₂ M⌉ waits in place of the M - 1 of a ring.
-    """
+    """Tells every worker who uploads. ``# shape=(M,), dtype=bool`` In each step a worker hears from
+    another one all that this one knows: ⌈log₂ M⌉ waits in place of the M - 1 of a ring."""
 
     def on_devices(uploaded):
         size = lax.axis_size(axis_name)
@@ -30,9 +29,7 @@ def tell_all(uploaded: jax.Array, axis_name: str) -> jax.Array:
 
 def tell_through_root(uploaded: jax.Array, axis_name: str) -> jax.Array:
     """As :func:`tell_all`, over worker 0: a worker sends one flag however many workers there are.
-
-    A message as small as a flag costs some 400 bytes on a TCP link, whichever way it goes.
-    """
+    (A message as small as a flag costs some 400 bytes on a TCP link, whichever way it goes.)"""
 
     def on_devices(uploaded):
         flag, size = uploaded.astype(jnp.uint8), lax.axis_size(axis_name)
@@ -58,3 +55,8 @@ def from_root(x: jax.Array, axis_name: str) -> jax.Array:
     for worker in range(1, lax.axis_size(axis_name)):
         received |= lax.ppermute(x, axis_name, [(0, worker)])
     return received
+
+
+# The two ways, as arguments of Exchange.
+TO_ALL: Any = {"tell": tell_all, "flag_links": tell_all_links}
+BY_ROOT: Any = {"tell": tell_through_root, "flag_links": tell_through_root_links, "has_root": True}

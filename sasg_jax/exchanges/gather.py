@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.exchanges.base import Exchange, Links, refuse_downlink
-from sasg_jax.exchanges.flags import tell_all, tell_all_links
-from sasg_jax.exchanges.packing import collect_words, packed_bytes
+from sasg_jax.exchanges.base import Links, refuse_downlink
+from sasg_jax.exchanges.flags import TO_ALL
+from sasg_jax.exchanges.packing import packed
 
 
 def gather_rows(words, flags, axis_name):
@@ -26,12 +26,4 @@ def _links(traffic):
     return Links([moved] * size, [moved] * size)
 
 
-GATHER = Exchange(
-    name="gather",
-    refuses=refuse_downlink,
-    collect=collect_words(gather_rows),
-    moved_bytes=packed_bytes,
-    links=_links,
-    tell=tell_all,
-    flag_links=tell_all_links,
-)
+GATHER = packed(gather_rows, name="gather", refuses=refuse_downlink, links=_links, **TO_ALL)

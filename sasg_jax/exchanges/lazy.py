@@ -1,13 +1,12 @@
 """``lazy``: only uploads, to all workers; every worker plays the server."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.exchanges.base import Links
-from sasg_jax.exchanges.gather import GATHER, gather_rows, no_rows
-from sasg_jax.exchanges.packing import collect_words
+from sasg_jax.exchanges.base import Links, refuse_downlink
+from sasg_jax.exchanges.flags import TO_ALL
+from sasg_jax.exchanges.gather import gather_rows, no_rows
+from sasg_jax.exchanges.packing import packed
 
 
 def _lazy_rows(words, flags, axis_name):
@@ -48,4 +47,4 @@ def _links(traffic):
     return Links([moved] * size, [moved] * size)
 
 
-LAZY = dataclasses.replace(GATHER, name="lazy", collect=collect_words(_lazy_rows), links=_links)
+LAZY = packed(_lazy_rows, name="lazy", refuses=refuse_downlink, links=_links, **TO_ALL)

@@ -1,20 +1,19 @@
 """Messages as one vector of words: a collective of every array by itself would wait as often."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from sasg_jax.control_flow import stacked
-from sasg_jax.exchanges.base import over_workers
+from sasg_jax.exchanges.base import Exchange, over_workers
 from sasg_jax.numerics import PyTree
 
-Rows = Callable[[jax.Array, jax.Array | None, str], jax.Array]
 
-
-def collect_words(words_to_rows: Rows) -> Callable[[PyTree, jax.Array | None, str], PyTree]:
-    """Makes ``collect`` from a function of packed messages."""
+def packed(words_to_rows: Callable[..., jax.Array], **fields: Any) -> Exchange:
+    """An exchange of packed messages: ``rows = words_to_rows(words, flags, axis_name)``."""
 
     def collect(message, flags, axis_name):
         def on_devices(message, flags):
@@ -22,7 +21,7 @@ def collect_words(words_to_rows: Rows) -> Callable[[PyTree, jax.Array | None, st
 
         return over_workers(on_devices, stacked, axis_name, message, flags)
 
-    return collect
+    return Exchange(collect=collect, moved_bytes=packed_bytes, **fields)
 
 
 def pack(tree: PyTree) -> jax.Array:

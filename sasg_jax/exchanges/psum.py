@@ -6,7 +6,7 @@ from jax.flatten_util import ravel_pytree
 
 from sasg_jax.control_flow import sum_rows
 from sasg_jax.exchanges.base import Exchange, Links, Needs, over_workers
-from sasg_jax.exchanges.flags import tell_all, tell_all_links
+from sasg_jax.exchanges.flags import TO_ALL
 from sasg_jax.numerics import PyTree, wide
 
 
@@ -44,12 +44,9 @@ def _mean(tree: PyTree, axis_name: str) -> PyTree:
 def _refuses(needs: Needs) -> str | None:
     if needs.downlink:
         return "to be 'server' or 'sharded' for downlink=...: a sum sends no step to compress"
-    if not (needs.always and (needs.linear or needs.mean_inside)):
-        return (
-            "to be another where a worker may be silent or messages do not add up: a sum moves "
-            "silent workers' zeros, and needs a linear compressor, e.g. sasg_jax.identity()"
-        )
-    return None
+    why = "to be another where a worker may be silent or messages do not add up: a sum moves "
+    why += "silent workers' zeros, and needs a linear compressor, e.g. sasg_jax.identity()"
+    return None if needs.always and (needs.linear or needs.mean_inside) else why
 
 
 def _links(traffic):
@@ -58,16 +55,17 @@ def _links(traffic):
     return Links([moved] * size, [moved] * size)
 
 
+def _moved_bytes(shapes):
+    return sum(x.size * wide(x.dtype).itemsize for x in jax.tree.leaves(shapes))
+
+
 PSUM = Exchange(
     name="psum",
     refuses=_refuses,
     collect=_collect,
-    moved_bytes=lambda shapes: sum(
-        x.size * wide(x.dtype).itemsize for x in jax.tree.leaves(shapes)
-    ),
+    moved_bytes=_moved_bytes,
     links=_links,
-    tell=tell_all,
-    flag_links=tell_all_links,
     mean=_mean,
     sums=True,
+    **TO_ALL,
 )

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.exchanges.base import Exchange, Links, refuse_downlink
-from sasg_jax.exchanges.flags import tell_through_root, tell_through_root_links
-from sasg_jax.exchanges.packing import collect_words, packed_bytes
+from sasg_jax.exchanges.base import Links, refuse_downlink
+from sasg_jax.exchanges.flags import BY_ROOT
+from sasg_jax.exchanges.packing import packed
 from sasg_jax.exchanges.server import rows_at_root
 
 
@@ -36,14 +36,6 @@ def _links(traffic):
     return Links(sent, [sum(others) * message, *((total - x) * message for x in others)])
 
 
-RELAY = Exchange(
-    name="relay",
-    refuses=refuse_downlink,
-    collect=collect_words(_rows_by_relay),
-    moved_bytes=packed_bytes,
-    links=_links,
-    tell=tell_through_root,
-    flag_links=tell_through_root_links,
-    has_root=True,
-    forwards=True,
+RELAY = packed(
+    _rows_by_relay, name="relay", refuses=refuse_downlink, links=_links, forwards=True, **BY_ROOT
 )

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sasg_jax.exchanges.base import Exchange, Links, over_workers, refuse_mean_inside
-from sasg_jax.exchanges.flags import from_root, tell_through_root, tell_through_root_links
-from sasg_jax.exchanges.packing import collect_words, pack, packed_bytes, unpack
+from sasg_jax.exchanges.base import Links, over_workers
+from sasg_jax.exchanges.flags import BY_ROOT, from_root
+from sasg_jax.exchanges.packing import pack, packed, unpack
 
 
 def rows_at_root(words, flags, axis_name):
@@ -21,19 +21,17 @@ def rows_at_root(words, flags, axis_name):
     return jnp.stack([words] + [send(worker) for worker in range(1, lax.axis_size(axis_name))])
 
 
-def _serve_at_root(fn, axis_name, *served):
+def _serve(fn, axis_name, *served):
     def on_devices(served):
         down = jax.eval_shape(fn, *served)[1]
-
-        def nothing(memory, *operands):
-            return memory, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), down)
-
+        zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), down)
+        nothing = lambda memory, *operands: (memory, zeros())
         return lax.cond(lax.axis_index(axis_name) == 0, fn, nothing, *served)
 
     return over_workers(on_devices, lambda size, served, batched: fn(*served), axis_name, served)
 
 
-def _spread_from_root(down, axis_name):
+def _spread(down, axis_name):
     on_devices = lambda down: unpack(from_root(pack(down), axis_name), down)
     return over_workers(on_devices, lambda size, down, batched: down, axis_name, down)
 
@@ -44,15 +42,4 @@ def _links(traffic):
     return Links([len(up) * down, *up], [sum(up), *(down for _ in up)])
 
 
-SERVER = Exchange(
-    name="server",
-    refuses=refuse_mean_inside,
-    collect=collect_words(rows_at_root),
-    moved_bytes=packed_bytes,
-    links=_links,
-    tell=tell_through_root,
-    flag_links=tell_through_root_links,
-    serve=_serve_at_root,
-    spread=_spread_from_root,
-    has_root=True,
-)
+SERVER = packed(rows_at_root, name="server", links=_links, serve=_serve, spread=_spread, **BY_ROOT)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from sasg_jax.control_flow import update_if
-from sasg_jax.exchanges.base import Exchange, Links, refuse_mean_inside
-from sasg_jax.exchanges.flags import tell_all, tell_all_links
+from sasg_jax.exchanges.base import Exchange, Links
+from sasg_jax.exchanges.flags import TO_ALL
 from sasg_jax.exchanges.packing import pack, packed_bytes, unpack_rows
 from sasg_jax.exchanges.shards import first
 
@@ -40,13 +40,11 @@ def _links(traffic):
 
 SHARDED = Exchange(
     name="sharded",
-    refuses=refuse_mean_inside,
     collect=_collect_shards,
     moved_bytes=lambda shapes: packed_bytes(jax.eval_shape(first, shapes)),
     links=_links,
-    tell=tell_all,
-    flag_links=tell_all_links,
     serve=_serve_shard,
     spread=_spread_shards,
     sharded=True,
+    **TO_ALL,
 )

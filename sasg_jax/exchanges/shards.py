@@ -47,24 +47,19 @@ def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
         one = compressor.init_memory(first(cut(tree, num_shards)))
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_shards, *x.shape)), one)
 
-    def shard_key(key, shard):
-        return None if key is None else jax.random.fold_in(key, shard)
+    shard_key = lambda key, shard: None if key is None else jax.random.fold_in(key, shard)
 
     def compress(tree, memory, key):
-        message, remainder, memory = lax.map(
-            lambda x: compressor.compress(x[0], x[1], shard_key(key, x[2])),
-            (cut(tree, num_shards), memory, jnp.arange(num_shards)),
-        )
+        one = lambda x: compressor.compress(x[0], x[1], shard_key(key, x[2]))
+        shards = cut(tree, num_shards), memory, jnp.arange(num_shards)
+        message, remainder, memory = lax.map(one, shards)
         return Compressed(message, join(remainder, tree), memory)
 
     def decompress_sum(messages, like, key):
         shard = one_shard(like, num_shards)
         by_shard = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), messages)
-        sums = lax.map(
-            lambda x: compressor.decompress_sum(x[0], shard, shard_key(key, x[1])),
-            (by_shard, jnp.arange(num_shards)),
-        )
-        return join(sums, like)
+        one = lambda x: compressor.decompress_sum(x[0], shard, shard_key(key, x[1]))
+        return join(lax.map(one, (by_shard, jnp.arange(num_shards))), like)
 
     def num_values(tree):
         return num_shards * compressor.message_size(one_shard(tree, num_shards)).paper_bits // 32
