@@ -37,14 +37,9 @@ def plain() -> Coder:
 
 
 def coded(compressor: Compressor, coder: Coder) -> Compressor:
-    """The compressor whose messages are the coded messages of ``compressor``.
-
-    Decoded message + remainder = tree, to the rounding of one subtraction; bit for bit with an
-    exact coder.
-    """
-
-    def decode(coded, like):
-        return coder.decode(coded, compressor.message_shapes(like))
+    """The compressor whose messages are the coded messages of ``compressor``. Decoded message +
+    remainder = tree, to the rounding of one subtraction; bit for bit with an exact coder."""
+    decode = lambda coded, like: coder.decode(coded, compressor.message_shapes(like))
 
     def compress(tree, memory, key):
         message, remainder, memory = compressor.compress(tree, memory, key)

@@ -33,7 +33,7 @@ class Feedback:
     """Pure functions of the feedback's memory, made by the functions of this module.
 
     Args:
-      init: the memory before the first round, of shapes and dtypes ``tree``.
+      init: ``memory = init(tree)``, before the first round, for directions like ``tree``.
       before: ``p = before(direction, memory)``: what is compressed.
       after: ``memory = after(memory, compressed, decoded)``, once a message is made of p.
         ``decoded()`` is the message as the server decodes it.
@@ -54,8 +54,7 @@ def residual(decay: float = 1.0) -> Feedback:
 
     .. math:: p = x + \beta e, \quad e \leftarrow p - \mathcal{C}(p)
 
-    Args:
-      decay: β, in (0, 1]: 1 loses nothing.
+    with ``decay`` β in (0, 1]: 1 loses nothing.
 
     References: Stich et al., `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
     """

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 
 from sasg_jax.numerics import PyTree
 
-Message = PyTree
-
 
 class MessageSize(NamedTuple):
     """What one message weighs, in exact Python integers."""
@@ -23,7 +21,7 @@ class MessageSize(NamedTuple):
 class Compressed(NamedTuple):
     """What :attr:`Compressor.compress` makes of a tree."""
 
-    message: Message
+    message: PyTree
     remainder: PyTree  # what the message left out, like the tree
     memory: PyTree  # for the next tree
 
@@ -56,7 +54,7 @@ class Compressor:
 
     name: str  # in errors, with its settings: "top_k(0.01)"
     compress: Callable[[PyTree, PyTree, Any], Compressed] = _not_given
-    decompress_sum: Callable[[Message, PyTree, Any], PyTree] = _not_given
+    decompress_sum: Callable[[PyTree, PyTree, Any], PyTree] = _not_given
     init_memory: Callable[[PyTree], PyTree] = lambda tree: ()
     num_values: Callable[[PyTree], int] | None = None
     exact: bool = False  # the remainder is always zero, so that no residual need be kept
@@ -66,18 +64,18 @@ class Compressor:
     shares_key: bool = False
     compress_mean: Callable[[PyTree, PyTree, Any, Callable], Compressed] | None = None
 
-    def decompress(self, message: Message, like: PyTree, key: Any = None) -> PyTree:
+    def decompress(self, message: PyTree, like: PyTree, key: Any = None) -> PyTree:
         """The one decoded ``message``, in the dtypes of ``like``."""
         tree = self.decompress_sum(jax.tree.map(lambda x: x[None], message), like, key)
         return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), tree, like)
 
-    def message_shapes(self, tree: PyTree) -> Message:
+    def message_shapes(self, tree: PyTree) -> PyTree:
         """Shapes and dtypes of a message for ``tree`` (arrays or ``jax.ShapeDtypeStruct``); with
         ``compress_mean``, of all that it takes means of."""
         leaves, treedef = jax.tree.flatten(tree)
         return _message_shapes(self, treedef, tuple((x.shape, x.dtype) for x in leaves))
 
-    def zero_message(self, tree: PyTree) -> Message:
+    def zero_message(self, tree: PyTree) -> PyTree:
         """The message of zeros, which stands for one that was not sent."""
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.message_shapes(tree))
 
@@ -90,7 +88,7 @@ class Compressor:
 
 
 @functools.lru_cache(maxsize=256)
-def _message_shapes(compressor: Compressor, treedef: Any, leaves: tuple[Any, ...]) -> Message:
+def _message_shapes(compressor: Compressor, treedef: Any, leaves: tuple[Any, ...]) -> PyTree:
     def message(tree, key):
         memory = compressor.init_memory(tree)
         if compressor.compress_mean is None:

@@ -15,17 +15,12 @@ def identity() -> Compressor:
     >>> identity().message_size({"w": jnp.zeros(100)})
     MessageSize(bytes=400, paper_bits=3200)
     """
-
-    def compress(tree, memory, key):
-        return Compressed(tree, jax.tree.map(jnp.zeros_like, tree), memory)
-
-    def decompress_sum(messages, like, key):
-        return jax.tree.map(lambda rows: sum_rows(rows.astype(wide(rows.dtype))), messages)
-
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    total = lambda rows: sum_rows(rows.astype(wide(rows.dtype)))
     return Compressor(
         name="identity()",
-        compress=compress,
-        decompress_sum=decompress_sum,
+        compress=lambda tree, memory, key: Compressed(tree, zeros(tree), memory),
+        decompress_sum=lambda messages, like, key: jax.tree.map(total, messages),
         exact=True,
         unbiased=True,
         linear=True,

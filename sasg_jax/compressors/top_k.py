@@ -16,10 +16,8 @@ from sasg_jax.numerics import PyTree, wide
 
 
 class TopKMessage(NamedTuple):
-    """The kept entries of one vector, each index at most once, in no particular order.
-
-    A whole message is a tuple of these: one for each tensor, or one for the tree.
-    """
+    """The kept entries of one vector, each index at most once, in no particular order. A whole
+    message is a tuple of these: one for each tensor, or one for the tree."""
 
     values: jax.Array  # shape=(k,), dtype of the vector
     indices: jax.Array  # shape=(k,), the smallest unsigned integer type that fits
@@ -30,13 +28,12 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
 
     .. math:: k = \max(1, \lfloor \mathrm{density} \cdot d \rfloor)
 
-    The product is rounded to a float before the floor, as Python does: ``top_k(0.29)`` keeps 28 of
-    100 entries.
+    with the product rounded as Python does: ``top_k(0.29)`` keeps 28 of 100 entries.
 
     Args:
       density: kept fraction k/d, in (0, 1].
       scope: ``"tensor"`` selects in every tensor by itself (the paper's setting), ``"tree"``
-        among all entries of the tree at once.
+        among all entries of the tree at once, fewer than 2³¹.
       selection: how the entries are found, see :mod:`sasg_jax.selection`. ``"auto"``, ``"lax"`` and
         ``"pruned"`` find the same set. ``"approximate"``, which reuses a threshold from message to
         message, is faster on the CPU and does not find exactly the k largest.
@@ -47,8 +44,7 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
         :math:`\delta = k/d`; with ``"approximate"`` :math:`\delta = 0.8\,k/d`.
 
     Raises:
-      ValueError: an argument is out of its range; and for a tree of 2³¹ entries or more in all,
-        with ``scope="tree"``.
+      ValueError: an argument, or a tree for ``scope="tree"``, is out of its range.
 
     >>> import jax.numpy as jnp
     >>> message, remainder, _ = top_k(0.5).compress(jnp.array([1.0, -4.0, 3.0, 2.0]), ((),), None)
@@ -84,8 +80,8 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
         return lax.scan(add, jnp.zeros(vector.size, dtype), messages)[0]
 
     def init_memory(tree):
-        vectors = jax.eval_shape(to_vectors, tree)
-        return tuple(jnp.zeros((), jnp.float32) if is_approximate else () for _ in vectors)
+        threshold = lambda: jnp.zeros((), jnp.float32) if is_approximate else ()
+        return tuple(threshold() for _ in jax.eval_shape(to_vectors, tree))
 
     def compress(tree, memory, key):
         parts = [compress_vector(*pair) for pair in zip(to_vectors(tree), memory, strict=True)]
@@ -95,9 +91,8 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
         return Compressed(messages, remainder, thresholds)
 
     def decompress_sum(messages, like, key):
-        vectors = jax.eval_shape(to_vectors, like)
-        sums = [decompress_sum_vector(*pair) for pair in zip(messages, vectors, strict=True)]
-        return from_vectors(sums, like)
+        pairs = zip(messages, jax.eval_shape(to_vectors, like), strict=True)
+        return from_vectors([decompress_sum_vector(*pair) for pair in pairs], like)
 
     arguments = [f"{density:g}"] + [f"scope={scope!r}"] * (scope != "tensor")
     arguments += [f"selection={selection!r}"] * is_approximate

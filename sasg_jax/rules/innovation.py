@@ -54,29 +54,24 @@ def innovation(
     are its gradients at the current parameters and at those of its last upload, on the same batch;
     where every upload is forced, g' is not asked for. Where the learning rate is below half of what
     it was at the worker's last upload, or zero, it uploads, too: the server would apply a message
-    of the old rate again. (At a constant rate that never is.)
+    of the old rate again. ValueError for an argument out of range.
 
     Args:
-      alpha: the weights α_d. A number, a sequence of ``history`` numbers (the first weighs the
-        newest step), or a function of the learning rate that returns either; larger means fewer
-        uploads. :func:`released_alpha` is the authors' choice. A step made at a learning rate for
-        which it is not finite weighs nothing.
+      alpha: the weights α_d. A number, ``history`` numbers (the first weighs the newest step), or a
+        function of the learning rate that returns either; larger means fewer uploads.
+        :func:`released_alpha` is the authors' choice. A step made at a learning rate for which it
+        is not finite weighs nothing.
       max_staleness: an upload is forced when the last one is this many rounds back.
-      history: D, the number of past steps that the threshold sums over. In the first D rounds
-        everybody uploads.
+      history: D, the past steps that the threshold sums over; the first D rounds force uploads.
       share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
         in place of a copy of those of its last upload for each worker: less memory where a device
         simulates more workers than that.
-
-    Raises:
-      ValueError: an argument is out of its range, or alpha has the wrong length.
     """
     history = check_int("history", history, minimum=1)
     max_staleness = check_int("max_staleness", max_staleness, minimum=1)
     check_bool("share_stale_params", share_stale_params)
     if not callable(alpha):
         _check_alpha(alpha, history)
-
     # A worker that is forced in every round never asks for stale parameters.
     has_recent = share_stale_params and max_staleness > 1
 
@@ -84,12 +79,10 @@ def innovation(
         return StaleParams(() if share_stale_params else params, jnp.zeros((), jnp.float32))
 
     def init_shared(params):
-        return StepHistory(
-            history=jnp.zeros(history, jnp.float32),
-            step_weights=jnp.zeros(history, jnp.float32),
-            previous_params=() if has_recent else params,
-            recent_params=init_recent(params, max_staleness) if has_recent else (),
-        )
+        zeros, recent = jnp.zeros(history, jnp.float32), ()
+        if has_recent:
+            params, recent = (), init_recent(params, max_staleness)
+        return StepHistory(zeros, zeros, params, recent)
 
     def begin(shared: StepHistory, round: Round):
         previous = shared.previous_params
@@ -102,9 +95,7 @@ def innovation(
 
     def decide(view: View) -> Decision:
         forced = view.forced | (view.round.number < history)
-        if view.round.learning_rate is not None:
-            # The server would apply an old message, of a larger rate, again and again.
-            rate = view.round.learning_rate
+        if (rate := view.round.learning_rate) is not None:
             forced |= (rate == 0) | (rate < 0.5 * view.memory.learning_rate)
         if max_staleness == 1:
             return Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
@@ -127,12 +118,9 @@ def innovation(
         return StaleParams(() if share_stale_params else params, rate.astype(jnp.float32))
 
     def end(shared: StepHistory, round: Round):
-        return StepHistory(
-            history=shared.history,
-            step_weights=weights(alpha, round.learning_rate, history),
-            previous_params=() if has_recent else round.params,
-            recent_params=write_recent(shared.recent_params, round.params, round.number),
-        )
+        recent = write_recent(shared.recent_params, round.params, round.number)
+        step_weights = weights(alpha, round.learning_rate, history)
+        return StepHistory(shared.history, step_weights, () if has_recent else round.params, recent)
 
     sharing = ", share_stale_params=True" if share_stale_params else ""
     return Rule(
@@ -150,9 +138,7 @@ def innovation(
 
 def released_alpha(c: float, num_workers: int) -> AlphaFn:
     """α_d = c·M/γ for every d: the authors' released threshold, written for a mean over workers.
-
-    Their code steps with the sum over workers, so that their learning rate is our γ / M, and tests
-    ``innovation <= c / (their rate · M²) · Σ_d ‖step‖²``, which is ``c / (γ·M) · Σ_d ‖step‖²``.
+    (Their code steps with the sum: their learning rate is our γ / M.)
 
     >>> released_alpha(0.5, num_workers=10)(0.05)
     100.0
@@ -164,11 +150,8 @@ def released_alpha(c: float, num_workers: int) -> AlphaFn:
 
 
 def weights(alpha: Alpha | AlphaFn, learning_rate: Any, history: int) -> jax.Array:
-    """The α_d that the step made with ``learning_rate`` gets. ``# shape=(D,), dtype=float32``
-
-    Zero where alpha is a function that is not finite there, or negative: a rate that has decayed to
-    zero, or below it by a rounding. ValueError where it returned a wrong shape.
-    """
+    """The α_d that the step made with ``learning_rate`` gets: zero where a function is not finite
+    there, or negative, at a rate that has decayed to zero, or below it by a rounding."""
     if callable(alpha):
         alpha = jnp.asarray(alpha(learning_rate), jnp.float32)
         _check_alpha_shape(alpha, alpha.shape, history)
