@@ -180,9 +180,10 @@ class _Step:
     def lower(self, state: TrainState, batch: PyTree, present: Any = None) -> Any:
         return self._jitted.lower(*self._place(state, batch, present))
 
-    def _place(self, state: TrainState, batch: PyTree, present: Any) -> tuple[Any, PyTree, Any]:
+    def _place(self, state: TrainState, batch: PyTree, present: Any) -> tuple[Any, ...]:
+        last = () if present is None else (present,)  # what is lowered takes what it was given
         if (mesh := self._mesh) is None:
-            return state, batch, present
+            return state, batch, *last
         devices = set(mesh.devices.flat)
         on_one = lambda x: isinstance(x.sharding, SingleDeviceSharding)
         is_elsewhere = lambda x: _is_tied(x) and (on_one(x) or x.sharding.device_set != devices)
@@ -191,7 +192,7 @@ class _Step:
             state = jax.tree.map(put, state, drivers.shardings(state, mesh))
         split = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
         batch = jax.tree.map(lambda x: put(x, split), batch)
-        return state, batch, put(present, NamedSharding(mesh, PartitionSpec()))
+        return state, batch, *(put(x, NamedSharding(mesh, PartitionSpec())) for x in last)
 
 
 def _check_init(direction: Direction, driver: str, params, model_state, key) -> None:

@@ -106,7 +106,7 @@ def test_results_of_other_options_are_not_gone_on_with(done):
         ("--seeds -1", "Expected --seeds=(-1,) to be at least 0."),
         ("--seeds 4294967296", "Expected seed=4294967296 to be an integer from 0 to 4294967295."),
         ("--methods sasg sasg", "Expected --methods to name one or more, each once, got "),
-        ("--methods sasg --exchange psum", "Expected exchange='psum' only for"),
+        ("--methods sasg --exchange psum", "Expected exchange='psum' to be another where"),
         ("--dataset digits+digits --partition dirichlet", "Expected --partition=iid with several"),
         ("--num-workers 1500", "Expected num_workers=1500 to be an integer from 1 to 1437."),
         (

@@ -219,7 +219,7 @@ def test_a_failure_of_one_is_told_by_all(tmp_path):
         ("-- run digits --process-id 1", "Expected no --coordinator, --num-processes or"),
         ("-- run digits --iterations 0", "Expected --iterations=0 to be at least 1"),
         ("-- run digits --num-workers 3", "Expected --num-workers=3 to be the number of devices"),
-        ("-- run digits --exchange psum", "Expected exchange='psum' only for identity"),
+        ("-- run digits --exchange psum", "Expected exchange='psum' to be another where"),
     ],
 )
 def test_the_launcher_refuses_before_it_starts_anything(monkeypatch, arguments, message):
