@@ -149,7 +149,8 @@ def make_train_step(
 
     mapped: dict[Any, Any] = {}  # by the structure of what it is called with
 
-    def mapped_step(*arguments):
+    def mapped_step(state, batch, present=None):
+        arguments = state, batch, present
         shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(arguments))
         known = jax.tree.structure(arguments), shapes
         if known not in mapped:
