@@ -73,6 +73,7 @@ class Method:
 
     @property
     def downlink_feedback(self) -> Feedback:
+        """What becomes of the part of the step that the way down leaves out."""
         return _default_feedback(self.downlink, keeps=False)
 
     @property
@@ -169,10 +170,9 @@ def make_method(
     feedback = _default_feedback(up, keeps) if feedback is None else feedback
     means = f"for {compressor.name}, which takes means"
     draws = next((part.name for part in (up, down) if part.random), None)
-
-    def refuse(wrong: Any, name: str, value: Any, allowed: str) -> None:
-        require(not wrong, name, getattr(value, "name", value), allowed)
-
+    refuse = lambda wrong, name, value, allowed: require(
+        not wrong, name, getattr(value, "name", value), allowed
+    )
     allowed = "to have a number or numbers for alpha: as a function of the learning rate it needs "
     allowed += "an optimiser that has one (sasg_jax.sasg, compressed_sgd), and aggregate has none"
     refuse(learning_rate is None and rule.needs_learning_rate, "rule", rule, allowed)

@@ -69,11 +69,12 @@ def test_many_workers_are_timed_after_the_rounds_in_which_all_must_upload():
     assert len(scale.many_workers(12, 2)[0]) == 2
 
 
-def test_a_workers_step_needs_at_most_eight_arrays_like_its_parameters():
+def test_a_workers_step_needs_at_most_nine_arrays_like_its_parameters():
+    """Of these, the rule (6) keeps the parameters of two rounds."""
     size = 10_000_000
     seconds, _, needed = scale.many_parameters(size, 1)
     assert len(seconds) == 1
-    assert 4 * size < needed <= 8 * 4 * size
+    assert 4 * size < needed <= 9 * 4 * size
 
 
 def test_a_run_that_is_timed_is_under_way(monkeypatch):
