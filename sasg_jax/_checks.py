@@ -114,12 +114,8 @@ def check_mapped_axis(axis_name: str, num_workers: int) -> None:
 
 def as_params(params: Any) -> Any:
     """``params`` with arrays of JAX at its leaves, of strong types: a weak one would be strong
-    after the first round, and the step be compiled again.
-
-    Raises:
-      ValueError: an array has no entries, or 2**31 or more.
-      TypeError: a leaf is not of a real floating-point type of 16, 32 or 64 bits.
-    """
+    after the first round, and the step be compiled again. ValueError for an array of no entries or
+    2**31 or more, TypeError for one that is not of a floating-point type of 16 bits or more."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         where = f"params{jax.tree_util.keystr(path)}"
         try:

@@ -12,13 +12,9 @@ Each is a row of the table of parts, :func:`sasg_jax.compressed_sgd`, by name. T
 Args:
   learning_rate: γ, a number above 0 or an optax schedule of the round.
   num_workers: M, the size of the mapped axis.
-  density: kept fraction k/d of every tensor, in (0, 1].
-  selection: how those entries are found, see :func:`sasg_jax.top_k`.
-  alpha: the α_d of the upload rule (6): a number, D numbers, or a function of the learning rate.
+  density, selection: see :func:`sasg_jax.top_k`.
+  alpha, max_staleness, history, share_stale_params: see :func:`sasg_jax.innovation`. An alpha of
     None is ``released_alpha(0.5, num_workers)``, that is 0.5·M/γ.
-  max_staleness: an upload is forced when the last one is this many rounds back.
-  history: D, how many past steps the threshold sums over.
-  share_stale_params: see :func:`sasg_jax.innovation`.
   **parts: any others, e.g. downlink, exchange, silence: see :class:`sasg_jax.Parts`.
 
 References: Deng et al., `Communication-Efficient Distributed Learning via Sparse and Adaptive
@@ -68,8 +64,7 @@ def lasg(
 ) -> Transformation:
     """Lazily aggregated SGD: whole gradients, from workers whose gradient has changed enough.
 
-    The server keeps the last gradient of every worker: M copies of the parameters' size.
-    """
+    The server keeps the last gradient of every worker: M copies of the parameters' size."""
     rule = _rule(alpha, num_workers, max_staleness, history, share_stale_params)
     return compressed_sgd(learning_rate, identity(), rule, num_workers=num_workers, **parts)
 
@@ -95,8 +90,7 @@ def sasg(
         def worker_step(params, opt_state, batch):  # one worker's view, under a map over workers
             grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
             updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
-            return optax.apply_updates(params, updates), opt_state
-    """
+            return optax.apply_updates(params, updates), opt_state"""
     rule = _rule(alpha, num_workers, max_staleness, history, share_stale_params)
     top = top_k(density, selection=selection)
     return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **parts)

@@ -22,8 +22,7 @@ class Coder:
     Args:
       encode: ``coded = encode(message)``: a pytree of arrays whose shapes depend on those of the
         message alone. A message of zeros must come back as one that decodes to zeros.
-      decode: ``message = decode(coded, shapes)``, with the shapes and dtypes of the message.
-    """
+      decode: ``message = decode(coded, shapes)``, with the shapes and dtypes of the message."""
 
     name: str  # in errors
     encode: Callable[[PyTree], PyTree]

@@ -1,6 +1,5 @@
 """Control flow over workers that ``vmap`` and XLA would make slow."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +24,14 @@ def update_if(
     """Runs ``carried, output = fn(carried, *operands)`` where ``active``, and nothing elsewhere.
 
     Like a ``lax.cond`` whose other branch returns ``carried`` as it is and an output of zeros.
-    Under ``vmap`` a ``lax.cond`` becomes a select: both branches run for every entry, and every
-    array is written anew. This loops over the active entries instead and writes their rows in
-    place, so that a simulated round, like a real one, pays for a worker's upload only if there is
-    one. ``fn`` must not close over traced values, and keeps the shapes and dtypes of ``carried``.
-    """
+    Under ``vmap`` that would become a select: both branches run for every entry, and every array is
+    written anew. This loops over the active entries instead and writes their rows in place: a
+    simulated round, like a real one, pays for a worker's upload only if there is one. ``fn`` must
+    not close over traced values, and keeps the shapes and dtypes of ``carried``."""
     carried, operands = jax.tree.map(jnp.asarray, (carried, operands))
     output_shapes = jax.eval_shape(fn, carried, *operands)[1]
-
-    def zeros(leading=()):
-        return jax.tree.map(lambda s: jnp.zeros(leading + s.shape, s.dtype), output_shapes)
+    zero_rows = lambda leading: lambda s: jnp.zeros(leading + s.shape, s.dtype)
+    zeros = lambda *leading: jax.tree.map(zero_rows(leading), output_shapes)
 
     @custom_vmap
     def conditional(active, carried, operands):
@@ -49,51 +46,38 @@ def update_if(
         order = jnp.argsort(~active, stable=True)  # the active entries first, in their order
 
         def body(i, loop_state):
-            carried, outputs = loop_state
-            entry = order[i]
-
-            def read(rows, is_batched=True):
-                return lax.dynamic_index_in_dim(rows, entry, keepdims=False) if is_batched else rows
-
-            new_carried, output = fn(
-                jax.tree.map(read, carried), *jax.tree.map(read, operands, batched[2])
-            )
+            (carried, outputs), entry = loop_state, order[i]
+            row = lambda rows: lax.dynamic_index_in_dim(rows, entry, keepdims=False)
+            read = lambda rows, is_batched: row(rows) if is_batched else rows
+            own = jax.tree.map(read, operands, batched[2])
+            new_carried, output = fn(jax.tree.map(row, carried), *own)
             # A row is written in place only when nothing reads the old one any more. Else XLA
             # copies all rows: so where the row is written must depend on the output.
-            place = entry + zero_after(output)
-            carried = jax.tree.map(functools.partial(_write_row, place), carried, new_carried)
-            outputs = jax.tree.map(functools.partial(_write_row, entry), outputs, output)
-            return carried, outputs
+            place, update = entry + zero_after(output), lax.dynamic_update_index_in_dim
+            write = lambda at: lambda rows, row: update(rows, row, at, axis=0)
+            carried = jax.tree.map(write(place), carried, new_carried)
+            return carried, jax.tree.map(write(entry), outputs, output)
 
-        result = lax.fori_loop(0, active.sum(), body, (carried, zeros((size,))))
+        result = lax.fori_loop(0, active.sum(), body, (carried, zeros(size)))
         return result, jax.tree.map(lambda _: True, result)
 
     return conditional(active, carried, operands)
 
 
-def _write_row(entry: jax.Array, rows: jax.Array, row: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(rows, row, entry, axis=0)
-
-
 def zero_after(tree: PyTree) -> jax.Array:
     """Zero, which XLA only knows when it has the floats in a tree. ``# shape=(), dtype=int32``"""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
-    return sum((_zero_after(x.reshape(-1)[0]) for x in floats), jnp.zeros((), jnp.int32))
-
-
-def _zero_after(x: jax.Array) -> jax.Array:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
     # Read as an integer, a magnitude is at least 0, that of NaN too: its highest bit is the sign.
-    bits = lax.bitcast_convert_type(jnp.abs(x), f"int{8 * x.dtype.itemsize}")
-    return jnp.minimum(bits, 0).astype(jnp.int32)
+    as_int = lambda x: lax.bitcast_convert_type(jnp.abs(x), f"int{8 * x.dtype.itemsize}")
+    zero = lambda x: jnp.minimum(as_int(x), 0).astype(jnp.int32)
+    return sum((zero(x.reshape(-1)[0]) for x in leaves), jnp.zeros((), jnp.int32))
 
 
 @custom_vmap
 def for_all(flag: jax.Array) -> jax.Array:
-    """``flag``, or under ``vmap`` whether it holds for all entries: the same for all of them.
-
-    For a ``lax.cond`` that skips work which no entry needs. With a flag for each entry it would
-    become a select, and copy for each entry whatever the branches close over.
-    """
+    """``flag``, or under ``vmap`` whether it holds for all entries: for a ``lax.cond`` that skips
+    work which no entry needs. With a flag for each entry it would become a select, and copy for
+    each entry whatever the branches close over."""
     return flag
 
 
@@ -123,9 +107,7 @@ def _same_on_all_rule(size, batched, tree):
 
 def sum_rows(rows: jax.Array) -> jax.Array:
     """Sums over the leading axis, one row after another, so that all replicas get the same bits.
-
-    (XLA's own reduction over a leading axis is tens of times slower on the CPU, in jaxlib 0.10.)
-    """
+    (XLA's own reduction over it is tens of times slower on the CPU, in jaxlib 0.10.)"""
     return add_rows(rows[0], rows[1:])
 
 
@@ -135,10 +117,7 @@ def add_rows(total: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def refuse_collectives(fn: Callable[..., PyTree], axis_name: str) -> Callable[..., PyTree]:
-    """``fn``, which when called raises ValueError if it uses collectives over ``axis_name``.
-
-    Where not all workers evaluate it at once, those that do would wait for the others for ever.
-    """
+    """``fn``, which when called raises ValueError if it uses collectives over ``axis_name``."""
 
     def checked(*args):
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)

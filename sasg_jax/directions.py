@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from sasg_jax._checks import check_bool, check_int, require
 from sasg_jax.numerics import PyTree, wide
@@ -29,11 +28,8 @@ class Evaluation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction:
-    """Pure functions, made by :func:`gradient` and :func:`local_steps`.
-
-    ``own = init(params)`` is what a worker carries for it, before the first round, and
-    ``evaluation = evaluate(params, own, model_state, key, batch)``.
-    """
+    """Pure functions, made by :func:`gradient` and :func:`local_steps`. ``own = init(params)``
+    is what a worker carries; ``evaluation = evaluate(params, own, model_state, key, batch)``."""
 
     init: Callable[[PyTree], PyTree]
     evaluate: Callable[[PyTree, PyTree, PyTree, Any, PyTree], Evaluation]
@@ -63,8 +59,7 @@ def gradient(
       accumulate: how many gradients are added up before anything is sent, in place of
         ``optax.MultiSteps``. With more than 1 every leaf of a worker's batch has a leading axis of
         that many.
-      has_aux, has_model_state, has_key: what ``loss_fn`` returns and takes.
-    """
+      has_aux, has_model_state, has_key: what ``loss_fn`` returns and takes."""
     accumulate = check_int("accumulate", accumulate, minimum=1)
     has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
     value_and_grad = _value_and_grad(loss_fn, **has)
@@ -83,7 +78,7 @@ def gradient(
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
         carried, parts = (zeros, model_state), (jnp.arange(accumulate), batch)
-        (total, model_state), (losses, aux) = lax.scan(add, carried, parts)
+        (total, model_state), (losses, aux) = jax.lax.scan(add, carried, parts)
         mean = jax.tree.map(lambda t, p: (t / accumulate).astype(p.dtype), total, params)
         return Evaluation(mean, own, model_state, losses.mean(), aux)
 
@@ -118,8 +113,7 @@ def local_steps(
 
     References: Stich, `Local SGD Converges Fast and Communicates Little
     <https://arxiv.org/abs/1805.09767>`_, 2018; Douillard et al., `DiLoCo
-    <https://arxiv.org/abs/2311.08105>`_, 2023
-    """
+    <https://arxiv.org/abs/2311.08105>`_, 2023"""
     steps = check_int("steps", steps, minimum=1)
     is_optimiser = isinstance(inner, optax.GradientTransformation)
     require(is_optimiser, "inner", inner, "to be an optax optimiser")
@@ -138,7 +132,7 @@ def local_steps(
             return (local, own, model_state), (loss, aux)
 
         carried, parts = (params, own, model_state), (jnp.arange(steps), batch)
-        (local, own, model_state), (losses, aux) = lax.scan(step, carried, parts)
+        (local, own, model_state), (losses, aux) = jax.lax.scan(step, carried, parts)
         delta = jax.tree.map(jnp.subtract, params, local)
         return Evaluation(delta, own, model_state, losses.mean(), aux)
 

@@ -72,8 +72,7 @@ def simulate_in_chunks(
 
     Only the gradients of a chunk are in memory: the workers' states stay where they are, and are
     read and written a chunk at a time. Then the server's half is made once. ValueError where the
-    halves of ``tx`` cannot be run apart.
-    """
+    halves of ``tx`` cannot be run apart."""
     check_chunks(tx, chunk_size)
     method, own_parts = tx.method, owners(state)
     num_workers = method.num_workers

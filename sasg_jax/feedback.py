@@ -38,8 +38,7 @@ class Feedback:
       after: ``memory = after(memory, compressed, decoded)``, once a message is made of p.
         ``decoded()`` is the message as the server decodes it.
       keep: ``memory = keep(memory, p)``: what a silent worker's p becomes, so that nothing of it is
-        lost; None where it cannot be kept.
-    """
+        lost; None where it cannot be kept."""
 
     name: str  # in errors
     init: Callable[[PyTree], PyTree]
@@ -87,8 +86,7 @@ def reconstruction() -> Feedback:
     on both sides, where h starts at zero. The server steps with the mean of all h, of which it
     keeps only the sum; a silent worker counts as its h.
 
-    References: Richtárik et al., `EF21 <https://arxiv.org/abs/2106.05203>`_, 2021
-    """
+    References: Richtárik et al., `EF21 <https://arxiv.org/abs/2106.05203>`_, 2021"""
     zeros = lambda x: jnp.zeros(x.shape, wide(x.dtype))
     subtract = lambda x, h: (x - h).astype(x.dtype)
     add = lambda h, decoded: Reconstruction(jax.tree.map(jnp.add, h, decoded))

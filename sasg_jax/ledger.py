@@ -60,8 +60,7 @@ class Ledger:
           present: who took part; None for all. ValueError for another shape or dtype.
 
         Warns once, when in ``2 max_staleness`` rounds in which the rule was asked it has let nobody
-        upload.
-        """
+        upload."""
         flags = self._flags("uploaded", uploaded)
         there = np.ones_like(flags) if present is None else self._flags("present", present)
         if flags.shape != there.shape:
@@ -132,8 +131,8 @@ class Ledger:
 
     @property
     def downlink_bytes(self) -> int:
-        """What the server sends: its step to every worker in every round, or, with the exchange
-        ``"relay"``, every upload to all other workers."""
+        """The server's step to every worker in every round, or, with ``"relay"``, every upload to
+        all other workers."""
         wire = self._wire
         if wire.exchange_object.forwards:
             return self.uploads * (wire.num_workers - 1) * wire.upload_bytes

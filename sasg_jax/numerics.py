@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 PyTree = Any
 
@@ -17,6 +18,10 @@ range: their product is less than half of the distance between the two largest n
 def wide(dtype: Any) -> Any:
     """The type in which numbers of ``dtype`` are added: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def is_masked(node: PyTree) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _sum(fn: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:

@@ -8,10 +8,9 @@ set of indices and looks at most entries only to count them:
 2. Entries above the bound are marked in a bit mask (one bit an entry) and listed from it.
 3. Bisection over the bits of the listed magnitudes finds the k largest exactly.
 
-Where fewer than k entries lie above the bound and k reach it, as in tensors that are mostly zero or
-have few different magnitudes, those above it and the first that equal it are the k largest. When
-the sample misled (too few entries reach the bound, or too many lie above it), the reference is
-used, so the result is exact for every input. :func:`approximate_top_k` goes without sample and
+Where fewer than k entries lie above the bound and k reach it, as in tensors that are mostly zero,
+those above it and the first that equal it are the k largest. When the sample misled, the reference
+is used, so the result is exact for every input. :func:`approximate_top_k` goes without sample and
 bisection: the threshold of the last selection serves again.
 """
 
@@ -48,8 +47,7 @@ def magnitude_top_k(x: jax.Array, k: int, *, method: str = "auto") -> jax.Array:
     Of entries with equal magnitude those with the lowest index come first, as in
     :func:`jax.lax.top_k`. NaN is smaller than all numbers, so that it is not chosen where there are
     ``k`` of them. ``method`` is ``"lax"``, ``"pruned"``, or ``"auto"``: pruned on the CPU for long
-    vectors.
-    """
+    vectors."""
     check_choice("method", method, METHODS)
     return METHODS[method](x, k)
 
@@ -62,8 +60,7 @@ def lax_top_k(x: jax.Array, k: int) -> jax.Array:
 def pruned_top_k(x: jax.Array, k: int) -> jax.Array:
     """The same set as :func:`lax_top_k`, found by pruning with a sampled bound.
 
-    Under ``vmap`` one vector after another: the ``lax.cond`` of a batch would run both branches.
-    """
+    Under ``vmap`` one vector after another: the ``lax.cond`` of a batch would run both branches."""
     if x.dtype.itemsize > 4:  # float64 has no exact float32 magnitude
         return lax_top_k(x, k)
     return sequential_vmap(lambda x: _pruned(x, k))(x)
@@ -85,9 +82,8 @@ def _pruned(x: jax.Array, k: int) -> jax.Array:
     capacity = min(k + k // 2 + 512, x.size)
     listed, count = _first_set_bits(_pack(jnp.abs(x) > bound), capacity)
 
-    def exact():
-        magnitudes = jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
-        return listed[_bisect_top_k(magnitudes, k)]
+    magnitudes = lambda: jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
+    exact = lambda: listed[_bisect_top_k(magnitudes(), k)]
 
     def tied():
         # Counted as bits, of which the CPU takes none for zero, as it does with the tiniest floats.
@@ -112,8 +108,7 @@ def approximate_top_k(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.A
       - Lemma 1 with :math:`\delta = 0.8\,k/n`: what is not chosen has at most :math:`1 - \delta` of
         the sum of squares. (At least 0.8 k entries that are chosen are as large as the threshold,
         and none that is not chosen.)
-      - NaN is chosen only where there are fewer than ``k`` numbers.
-    """
+      - NaN is chosen only where there are fewer than ``k`` numbers."""
     if not _is_worth_pruning(x, k):
         return magnitude_top_k(x, k), threshold
     return sequential_vmap(lambda x, threshold: _approximate(x, k, threshold))(x, threshold)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from sasg_jax.exchanges.shards import one_shard
 from sasg_jax.method import Method
@@ -52,26 +51,17 @@ def _served_shapes(method: Method, params: PyTree) -> PyTree:
 
 
 def server_half(
-    method: Method,
-    server: ServerState,
-    messages: PyTree,
-    uploaded: jax.Array | None,
-    params: PyTree,
+    method: Method, server: ServerState, messages: PyTree, uploaded: Any, params: PyTree
 ) -> tuple[PyTree, ServerState]:
     """The server's half of a round, whoever has brought the messages: the step, and its new state.
 
-    The step, like ``params``, is what they lose where the method has a learning rate, and the mean
-    direction where it has none. Not for the exchange ``"sharded"``, where each serves a part.
+    The step, like ``params`` w_t, is what they lose where the method has a learning rate, and the
+    mean direction where it has none. Step + new residual of the way down = mean + old residual, bit
+    for bit. Not for the exchange ``"sharded"``, where each serves a part.
 
     Args:
-      method, server: the parts, and the server's state.
       messages: of all workers, with a leading axis M; or one row, their sum, where they add up.
-      uploaded: which of them count; None for all. ``# shape=(M,), dtype=bool``
-      params: w_t.
-
-    Guarantees:
-      - Conservation: step + new residual of the way down = mean + old residual, bit for bit.
-    """
+      uploaded: which of them count; None for all. ``# shape=(M,), dtype=bool``"""
     kept, down = serve(method, server, messages, uploaded, params)
     return finish(method, server, kept, down, params)
 
@@ -86,7 +76,7 @@ def served(method: Method, server: ServerState, params: PyTree) -> tuple[Any, Ke
     """``fn, kept, operands``: ``kept, down = fn(kept, messages, uploaded, *operands)``. It closes
     over nothing that is traced, so that an exchange may run it in a branch."""
     kept = Kept(server.memory, server.downlink_feedback, server.downlink_memory)
-    shard = lax.axis_index(method.axis_name) if method.exchange.sharded else jnp.int32(0)
+    shard = jax.lax.axis_index(method.axis_name) if method.exchange.sharded else jnp.int32(0)
     keys = [method.keys(server.round, who) for who in (shard, method.num_workers + shard)]
     return functools.partial(_serve, method, _served_shapes(method, params)), kept, tuple(keys)
 
@@ -126,7 +116,7 @@ def _send_down(method, kept, step, keys):
         message = jax.tree.map(nan, compressor.zero_message(p))
         return kept.downlink_feedback, kept.downlink_memory, message
 
-    return send() if compressor.exact else lax.cond(all_finite(p), send, refuse)
+    return send() if compressor.exact else jax.lax.cond(all_finite(p), send, refuse)
 
 
 def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> PyTree:

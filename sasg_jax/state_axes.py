@@ -1,11 +1,9 @@
 """Which parts of an optax state belong to one worker, and which are the same on all.
 
-- Of ours, a worker's are what is in :class:`sasg_jax.WorkerState`; the server's state is the same
-  everywhere, but for what the ``"sharded"`` exchange keeps of a shard.
-- In ``sasg_jax.pipeline``, ``optax.chain`` and ``optax.named_chain``, what stands before ours sees
-  each worker's own gradients and belongs to the worker; what stands after ours sees the same
-  updates everywhere.
-- ``optax.masked`` and ``optax.inject_hyperparams`` add nothing that differs.
+Of ours, a worker's is what is in :class:`sasg_jax.WorkerState`, and what the ``"sharded"`` exchange
+keeps of a shard. In ``sasg_jax.pipeline``, ``optax.chain`` and ``optax.named_chain``, what stands
+before ours sees each worker's own gradients and is the worker's; what stands after ours sees the
+same updates everywhere. ``optax.masked`` and ``optax.inject_hyperparams`` add nothing that differs.
 """
 
 import collections
@@ -59,10 +57,8 @@ def worker_specs(opt_state: PyTree, axis_name: str = "workers") -> PyTree:
 
 
 def stack_workers(opt_state: PyTree, num_workers: int) -> PyTree:
-    """Gives every worker its own copy of its parts: one worker's state, as ``tx.init`` makes it,
-    becomes the state of all, with a leading axis of ``num_workers`` on those parts. Of a PRNG key
-    in them each gets a key of its own.
-    """
+    """Of one worker's state, as ``tx.init`` makes it, the state of all: with a leading axis of
+    ``num_workers`` on a worker's own parts. Of a PRNG key in them each gets a key of its own."""
     check_int("num_workers", num_workers, minimum=1)
     copies = for_each_worker(num_workers)
     stack = lambda own, x: copies(x) if own else jnp.asarray(x)

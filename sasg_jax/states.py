@@ -24,12 +24,10 @@ class WorkerState(NamedTuple):
 
 
 class ServerState(NamedTuple):
-    """What the server carries from round to round.
-
-    The same on all workers. But ``memory``, ``downlink_feedback`` and ``downlink_memory`` are where
-    the exchange has the server: with ``"sharded"`` each worker has those of its own shard, and with
-    ``"server"`` only those of worker 0 are kept up.
-    """
+    """What the server carries from round to round, the same on all workers. But ``memory``,
+    ``downlink_feedback`` and ``downlink_memory`` are where the exchange has the server: with
+    ``"sharded"`` each worker has those of its own shard, and with ``"server"`` only those of worker
+    0 are kept up."""
 
     memory: PyTree  # last messages, leading axis M; or the sum of reconstructions; mostly ()
     downlink_feedback: PyTree  # as WorkerState.feedback; () for a dense way down

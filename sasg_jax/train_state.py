@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from sasg_jax.directions import Direction, Evaluation
-from sasg_jax.numerics import PyTree, wide
+from sasg_jax.numerics import PyTree, is_masked, wide
 from sasg_jax.state_axes import keep_own
 from sasg_jax.states import diagnostics, find_state
 from sasg_jax.transform import before_ours
@@ -82,8 +81,8 @@ def worker_round(
     made, grad_fn = evaluate(direction, tx, state, batch)
     extra = {} if present is None else {"present": present}
     if pass_value:
-        there = True if present is None else present[lax.axis_index(axis_name)]
-        extra["value"] = mean_loss(made.loss, there, lambda x: lax.psum(x, axis_name))
+        there = True if present is None else present[jax.lax.axis_index(axis_name)]
+        extra["value"] = mean_loss(made.loss, there, lambda x: jax.lax.psum(x, axis_name))
     given = made.direction, state.opt_state, state.params
     updates, opt_state = tx.update(*given, grad_fn=grad_fn, **extra)
     used = find_state(opt_state).worker.used
@@ -122,6 +121,5 @@ def _all_params(tree: PyTree, params: PyTree) -> PyTree:
     the current parameters where ``optax.masked`` has hidden others."""
     if isinstance(tree, jax.Array) and tree.shape != getattr(params, "shape", None):
         return ravel_pytree(params)[1](tree)
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
     fill = lambda x, p: p if is_masked(x) else x
     return jax.tree.map(fill, tree, params, is_leaf=is_masked)

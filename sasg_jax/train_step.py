@@ -54,8 +54,7 @@ def make_train_step(
       loss_fn: one worker's loss, ``loss_fn(params, batch)``, as for :func:`sasg_jax.gradient`; or
         what :func:`sasg_jax.gradient` or :func:`sasg_jax.local_steps` has made of it. It must not
         use collectives over ``axis_name`` where workers may be silent.
-      tx: an optax optimiser that contains one transformation of ours.
-      num_workers: M.
+      tx, num_workers: an optax optimiser that contains one transformation of ours, and M.
       driver: ``"vmap"`` simulates all workers on one device; ``"shard_map"`` and ``"pmap"`` run
         each on a device of its own, the former also over several processes.
       has_aux, has_model_state, has_key: as for :func:`sasg_jax.gradient`, where ``loss_fn`` is a
@@ -69,11 +68,9 @@ def make_train_step(
       pass_value: whether ``tx`` needs ``value=``, the loss: it gets the mean over workers that take
         part and have a finite one, a sum of 8 bytes that the ledger does not count.
 
-    Raises:
-      ValueError: an argument is out of its range, or there are too few devices. When the step is
-        first called: a leading axis of ``batch`` is not M, ``tx`` contains no transformation of
-        ours, or it carries state that differs between workers where it must not.
-    """
+    ValueError for an argument out of range, or too few devices; when the step is first called, for
+    a leading axis of ``batch`` that is not M, a ``tx`` without one of ours, or with state that
+    differs between workers where it must not."""
     num_workers = _checks.check_int("num_workers", num_workers, minimum=1)
     _checks.check_choice("driver", driver, ("vmap", "pmap", "shard_map"))
     _checks.check_axis_name(axis_name)

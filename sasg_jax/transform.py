@@ -19,7 +19,7 @@ from sasg_jax._checks import as_params, check_learning_rate, check_like, check_m
 from sasg_jax.compressors import Compressor
 from sasg_jax.control_flow import refuse_collectives
 from sasg_jax.method import Method, Parts, make_method
-from sasg_jax.numerics import PyTree
+from sasg_jax.numerics import PyTree, is_masked
 from sasg_jax.rules import Rule
 from sasg_jax.server import finish, init_server, served
 from sasg_jax.states import AggregateState, PipelineState, register_with_flax
@@ -74,11 +74,7 @@ def aggregate(
       compressor: what a worker sends; ``top_k(0.01)`` by default.
       rule: when it sends; :func:`sasg_jax.always` by default.
       num_workers: M, the size of the mapped axis over workers.
-      **parts: any others, see :class:`sasg_jax.Parts`.
-
-    Raises:
-      ValueError: an argument is out of its range, or does not go with the others.
-    """
+      **parts: any others, see :class:`sasg_jax.Parts`. ValueError for what does not go together."""
     return _from_method(make_method(compressor, rule, num_workers=num_workers, **_flat(parts)))
 
 
@@ -92,12 +88,9 @@ def compressed_sgd(
 ) -> Transformation:
     """Distributed SGD with any parts: a complete optimiser, with the rate inside the compressor.
 
-    Workers compress γ g + e, and the update is the negative mean. So a step keeps the rate of the
-    round that its gradient was made in, however long a residual held it back.
-
-    Args:
-      learning_rate: γ, a number above 0 or an optax schedule of the round.
-      compressor, rule, num_workers, **parts: as for :func:`aggregate`.
+    Workers compress γ g + e, and the update is the negative mean. So a step keeps the rate γ, a
+    number above 0 or an optax schedule of the round, that its gradient was made in, however long a
+    residual held it back. The other arguments are those of :func:`aggregate`.
 
     >>> import sasg_jax
     >>> tx = compressed_sgd(0.05, sasg_jax.top_k(0.01), sasg_jax.every(4), num_workers=8)
@@ -123,8 +116,7 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
 
         tx = sasg_jax.pipeline(
             optax.clip_by_global_norm(1.0), sasg_jax.aggregate(num_workers=8), optax.adamw(3e-4)
-        )
-    """
+        )"""
     places = [i for i, tx in enumerate(transformations) if isinstance(tx, Transformation)]
     if len(places) != 1:
         raise ValueError(
@@ -137,14 +129,11 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
     before = optax.chain(optax.identity(), *transformations[:place])
     after = optax.chain(optax.identity(), *transformations[place + 1 :])
 
-    def init(params):
-        return PipelineState(before.init(params), ours.init(params), after.init(params))
-
     def worker_part(grads, state, params, index, present, grad_fn):
         _check_kind(state, PipelineState)
         passed, new_before = before.update(grads, state.before, params)
         pass_on = lambda at: before.update(grad_fn(at), state.before, at)[0]
-        again = None if grad_fn is None else pass_on
+        again = grad_fn and pass_on
         worker, post = ours.worker_part(passed, state.aggregate, params, index, present, again)
         keep = lambda new, old: jnp.where(ours.find_ours(worker).worker.used, new, old)
         return PipelineState(
@@ -156,6 +145,8 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
         updates, new_after = after.update(updates, state.after, params, **extra_args)
         return updates, PipelineState(state.before, aggregated, new_after)
 
+    parts: Any = before, ours, after
+    init = lambda params: PipelineState(*(part.init(params) for part in parts))
     find_ours = lambda state: ours.find_ours(state.aggregate)
     return _transformation(ours.method, init, worker_part, server_part, find_ours)
 
@@ -190,8 +181,8 @@ def _from_method(method: Method) -> Transformation:
                 raise
             if _find_masked(params) and not _find_masked(again):
                 # optax.masked hides leaves of params that grad_fn gives a gradient for.
-                hide = lambda p, g: p if _is_masked(p) else g
-                again = jax.tree.map(hide, params, again, is_leaf=_is_masked)
+                hide = lambda p, g: p if is_masked(p) else g
+                again = jax.tree.map(hide, params, again, is_leaf=is_masked)
             check_like("grad_fn(params)", again, params)
             return again
 
@@ -259,7 +250,6 @@ def _check_kind(state: Any, kind: type) -> None:
 
 
 def _check_state(method: Method, state: Any) -> None:
-    """Raises ValueError for a state that another method has made."""
     _check_kind(state, AggregateState)
     made_for = dict(state.wire.method)
     for name, value in method.settings:
@@ -280,12 +270,8 @@ def check_present(present: Any, num_workers: int) -> jax.Array | None:
     return present
 
 
-def _is_masked(node: PyTree) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
 def _find_masked(tree: PyTree) -> bool:
-    return any(map(_is_masked, jax.tree.leaves(tree, is_leaf=_is_masked)))
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
 def _check_not_summed(grads: PyTree, axis_name: str) -> None:

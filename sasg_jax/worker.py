@@ -7,12 +7,12 @@ for a worker that uploads. A silent worker changes nothing but its staleness; wh
 direction, its residual becomes p.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sasg_jax.compressors.base import Compressed
 from sasg_jax.control_flow import for_all, update_if
@@ -67,19 +67,15 @@ def worker_half(
       - What is not finite never reaches the residual, the message or the rule's memory: neither a
         gradient nor what γ g + e makes of one. That worker is silent for the round.
 
-    Raises:
-      TypeError: the rule asks for another evaluation, and ``reevaluate`` is None.
-    """
+    TypeError where the rule asks for another evaluation, and ``reevaluate`` is None."""
     present, index = jnp.asarray(present), jnp.asarray(index)
     round = method.round(params, server.round)
     threshold, shared = method.rule.begin(server.rule, round)
     cap = method.rule.max_staleness
     forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
-    view = View(
-        *(round, index, direction, worker.feedback, worker.staleness, worker.rule, shared),
-        *(threshold, forced, _missing if reevaluate is None else reevaluate),
-    )
-    decision = method.rule.decide(view)
+    own = worker.feedback, worker.staleness, worker.rule
+    rest = shared, threshold, forced, _missing if reevaluate is None else reevaluate
+    decision = method.rule.decide(View(round, index, direction, *own, *rest))
     wants = present & (forced | decision.upload)
     acts = present if method.keeps else wants
     rate, feedback = round.learning_rate, method.feedback
@@ -87,14 +83,12 @@ def worker_half(
     uploaded = wants & fits
     carried = worker.feedback, worker.compressor_memory, worker.rule
     operands = direction, params, rate, method.keys(server.round, index)
-    carried, message = update_if(uploaded, _send(method), carried, *operands)
+    send = functools.partial(_send, method)
+    carried, message = update_if(uploaded, send, carried, *operands)
     if method.keeps:
-        assert feedback.keep is not None
-        keep = feedback.keep
-
-        def keep_direction(memory, direction, rate):
-            return keep(memory, feedback.before(scale(rate, direction), memory)), ()
-
+        keep: Any = feedback.keep
+        before = lambda memory, g, rate: feedback.before(scale(rate, g), memory)
+        keep_direction = lambda memory, *g: (keep(memory, before(memory, *g)), ())
         kept, _ = update_if(acts & fits & ~wants, keep_direction, carried[0], direction, rate)
         carried = kept, *carried[1:]
     staleness = jnp.where(uploaded, 1, worker.staleness + 1).astype(jnp.int32)
@@ -103,52 +97,39 @@ def worker_half(
     return new_worker, Post(message, uploaded)
 
 
-def _send(method: Method) -> Callable[..., tuple[PyTree, PyTree]]:
+def _send(method: Method, carried, direction, params, learning_rate, keys):
     """What a worker does that uploads, for :func:`update_if`."""
     compressor, feedback = method.per_link(method.compressor), method.feedback
-
-    def send(carried, direction, params, learning_rate, keys):
-        memory, compressor_memory, rule_memory = carried
-        p = feedback.before(scale(learning_rate, direction), memory)
-        key = method.compressor_key(compressor, keys)
-        compressed = compressor.compress(p, compressor_memory, key)
-
-        def decoded():
-            key = method.decoder_key(compressor, keys)
-            return compressor.decompress(compressed.message, p, key)
-
-        memory = feedback.after(memory, compressed, decoded)
-        rule_memory = method.rule.sent(rule_memory, params, direction, learning_rate)
-        return (memory, compressed.memory, rule_memory), compressed.message
-
-    return send
+    memory, compressor_memory, rule_memory = carried
+    p = feedback.before(scale(learning_rate, direction), memory)
+    key = method.compressor_key(compressor, keys)
+    compressed = compressor.compress(p, compressor_memory, key)
+    shared = lambda: method.decoder_key(compressor, keys)
+    decoded = lambda: compressor.decompress(compressed.message, p, shared())
+    memory = feedback.after(memory, compressed, decoded)
+    rule_memory = method.rule.sent(rule_memory, params, direction, learning_rate)
+    return (memory, compressed.memory, rule_memory), compressed.message
 
 
 def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
-    """Whether p = γ g + e is finite, for a worker that acts.
-
-    A residual is finite, and far from the largest numbers where it moves by small ones: p need be
-    made and looked at only where nobody has seen that g is far from them, or in half precision.
-    """
+    """Whether p = γ g + e is finite, for a worker that acts. A residual is finite, and far from the
+    largest numbers where it moves by small ones: p need be made and looked at only where nobody has
+    seen that g is far from them, or in half precision."""
     if any(float(jnp.finfo(x.dtype).max) < 1e30 for x in jax.tree.leaves(direction)):
         sound = jnp.asarray(False)
     elif sound is None:
         sound = jnp.isfinite(squared_norm(direction))
     if rate is not None:
         sound &= rate <= LARGEST_RATE
-
     look = lambda: all_finite(method.feedback.before(scale(rate, direction), memory))
-    return lax.cond(for_all(sound | ~acts), lambda: jnp.asarray(True), look)
+    return jax.lax.cond(for_all(sound | ~acts), lambda: jnp.asarray(True), look)
 
 
 def worker_half_with_mean(
     method: Method, worker: WorkerState, server, direction, params, *, index, present, mean
 ) -> tuple[WorkerState, Post]:
-    """As :func:`worker_half`, for a compressor that takes means over workers in its middle.
-
-    Everybody takes part in the means: one that is refused or absent adds zeros. In place of a
-    message it returns the mean over workers, decoded and like ``params``.
-    """
+    """As :func:`worker_half`, for a compressor that takes means over workers in its middle; who is
+    refused or absent adds zeros. The message is the mean, decoded and like ``params``."""
     assert method.compressor.compress_mean is not None
     round, present = method.round(params, server.round), jnp.asarray(present)
     p = method.feedback.before(scale(round.learning_rate, direction), worker.feedback)

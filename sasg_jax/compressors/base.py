@@ -49,8 +49,7 @@ class Compressor:
       compress_mean: in place of the two functions, for one that needs means over workers in the
         middle of its work: ``mean_of_trees, remainder, memory = compress_mean(tree, memory, key,
         mean)``, where ``mean`` takes a pytree to its mean over workers. The first and the memory
-        must be the same on all workers.
-    """
+        must be the same on all workers."""
 
     name: str  # in errors, with its settings: "top_k(0.01)"
     compress: Callable[[PyTree, PyTree, Any], Compressed] = _not_given

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sasg_jax import selection as selection_lib
 from sasg_jax._checks import check_choice, check_fraction
@@ -43,8 +42,7 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
       - Lemma 1: :math:`\|x - \mathcal{C}(x)\|^2 \le (1 - \delta)\|x\|^2` for every vector, with
         :math:`\delta = k/d`; with ``"approximate"`` :math:`\delta = 0.8\,k/d`.
 
-    Raises:
-      ValueError: an argument, or a tree for ``scope="tree"``, is out of its range.
+    ValueError for an argument, or a tree for ``scope="tree"``, out of its range.
 
     >>> import jax.numpy as jnp
     >>> message, remainder, _ = top_k(0.5).compress(jnp.array([1.0, -4.0, 3.0, 2.0]), ((),), None)
@@ -77,7 +75,7 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
 
         dtype = wide(vector.dtype)
         messages = messages._replace(values=messages.values.astype(dtype))
-        return lax.scan(add, jnp.zeros(vector.size, dtype), messages)[0]
+        return jax.lax.scan(add, jnp.zeros(vector.size, dtype), messages)[0]
 
     def init_memory(tree):
         threshold = lambda: jnp.zeros((), jnp.float32) if is_approximate else ()

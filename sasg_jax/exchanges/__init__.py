@@ -34,8 +34,7 @@ def choose(exchange: str | Exchange | None, needs: Needs) -> Exchange:
     """The exchange that a user names, or what suits the method.
 
     Raises:
-      ValueError: there is none of that name, or it cannot serve the method.
-    """
+      ValueError: there is none of that name, or it cannot serve the method."""
     if exchange is None:
         if needs.downlink:
             return SERVER

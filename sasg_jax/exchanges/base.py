@@ -8,11 +8,10 @@ one array, and each exchange has there its own expression of the same mathematic
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_batching import custom_vmap
 
 from sasg_jax.numerics import PyTree
@@ -73,8 +72,7 @@ class Exchange:
       serve: ``memory, down = serve(fn, axis_name, memory, *operands)``: runs ``fn(memory,
         *operands)`` where the server is.
       spread: ``down = spread(down, axis_name)``: what the server sends, on every worker.
-      mean: ``mean(tree, axis_name)``: the mean over workers, for compressors that need it.
-    """
+      mean: ``mean(tree, axis_name)``: the mean over workers, for compressors that need it."""
 
     name: str  # in arguments and errors
     collect: Callable[[PyTree, jax.Array | None, str], PyTree]
@@ -99,25 +97,12 @@ class Exchange:
         return Links(*map(add, self.links(traffic), flags))
 
 
-def over_workers(
-    on_devices: Callable[..., PyTree],
-    simulated: Callable[[int, PyTree, PyTree], PyTree],
-    axis_name: str,
-    message: PyTree,
-    *operands: PyTree,
-) -> PyTree:
-    """``on_devices(message, *operands)``, or under vmap over workers what ``simulated`` makes of
-    the messages of all.
+def over_workers(on_devices: Any, simulated: Any, axis_name: str, message, *operands) -> PyTree:
+    """``on_devices(message, *operands)``, a worker's view, which must not close over traced values;
+    or under vmap over workers ``simulated(size, message, batched)``: it gets the messages of all,
+    with a leading axis where ``batched``, and its result is the same on all workers."""
 
-    Args:
-      on_devices: the worker's view, with collectives. It must not close over traced values.
-      simulated: ``simulated(size, message, batched)`` gets the messages of all workers, with a
-        leading axis where ``batched``. Its result is the same on all workers.
-    """
-
-    @custom_vmap
-    def call(worker, operands):
-        return on_devices(*operands)
+    call = custom_vmap(lambda worker, operands: on_devices(*operands))
 
     @call.def_vmap
     def rule(size, batched, worker, operands):
@@ -127,9 +112,8 @@ def over_workers(
             result = simulated(size, message, operands_batched[0])
             return result, jax.tree.map(lambda _: False, result)
 
-        # A vmap over something else, e.g. over seeds.
+        # A vmap over something else, e.g. over seeds; the axis over workers stands before it.
         def simulated_each(num_workers, message, own):
-            # The axis over workers stands before the other.
             axes = jax.tree.map(lambda x, o: int(o) if x else None, operands_batched[0], own)
             one = lambda message: simulated(num_workers, message, own)
             return jax.vmap(one, in_axes=(axes,), axis_size=size)(message)
@@ -139,4 +123,4 @@ def over_workers(
         result = over_workers(each, simulated_each, axis_name, *operands)
         return result, jax.tree.map(lambda _: True, result)
 
-    return call(lax.axis_index(axis_name), (message, *operands))
+    return call(jax.lax.axis_index(axis_name), (message, *operands))

@@ -16,9 +16,8 @@ def packed(words_to_rows: Callable[..., jax.Array], **fields: Any) -> Exchange:
     """An exchange of packed messages: ``rows = words_to_rows(words, flags, axis_name)``."""
 
     def collect(message, flags, axis_name):
-        def on_devices(message, flags):
-            return unpack_rows(words_to_rows(pack(message), flags, axis_name), message)
-
+        rows = lambda message, flags: words_to_rows(pack(message), flags, axis_name)
+        on_devices = lambda message, flags: unpack_rows(rows(message, flags), message)
         return over_workers(on_devices, stacked, axis_name, message, flags)
 
     return Exchange(collect=collect, moved_bytes=packed_bytes, **fields)

@@ -1,7 +1,6 @@
 """``psum``: the sum of messages that everybody sends; nobody need be the server."""
 
 import jax
-from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from sasg_jax.control_flow import sum_rows
@@ -24,7 +23,7 @@ def _sum(message: PyTree, axis_name: str) -> PyTree:
         for dtype in {x.dtype for x in leaves}:
             places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
             vector, to_leaves = ravel_pytree([leaves[i] for i in places])
-            for i, x in zip(places, to_leaves(lax.psum(vector, axis_name)), strict=True):
+            for i, x in zip(places, to_leaves(jax.lax.psum(vector, axis_name)), strict=True):
                 summed[i] = x
         return treedef.unflatten(summed)
 
@@ -37,7 +36,7 @@ def _collect(message, flags, axis_name):  # the messages of silent workers are z
 
 
 def _mean(tree: PyTree, axis_name: str) -> PyTree:
-    divide = lambda total, x: (total / lax.axis_size(axis_name)).astype(x.dtype)
+    divide = lambda total, x: (total / jax.lax.axis_size(axis_name)).astype(x.dtype)
     return jax.tree.map(divide, _sum(tree, axis_name), tree)
 
 

@@ -8,7 +8,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sasg_jax.compressors.base import Compressed, Compressor
 from sasg_jax.numerics import PyTree
@@ -37,11 +36,8 @@ def first(tree: PyTree) -> PyTree:
 
 
 def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
-    """Compresses every shard by itself: each message has a leading axis over shards.
-
-    Selection within a shard differs from selection within a tensor: every shard sends its k/M
-    largest entries (at least one), also where another shard has larger ones.
-    """
+    """Compresses every shard by itself: each message has a leading axis over shards. With top-k
+    every shard sends its k/M largest entries (at least one), also where another has larger ones."""
 
     def init_memory(tree):
         one = compressor.init_memory(first(cut(tree, num_shards)))
@@ -52,22 +48,20 @@ def per_shard(compressor: Compressor, num_shards: int) -> Compressor:
     def compress(tree, memory, key):
         one = lambda x: compressor.compress(x[0], x[1], shard_key(key, x[2]))
         shards = cut(tree, num_shards), memory, jnp.arange(num_shards)
-        message, remainder, memory = lax.map(one, shards)
+        message, remainder, memory = jax.lax.map(one, shards)
         return Compressed(message, join(remainder, tree), memory)
 
     def decompress_sum(messages, like, key):
         shard = one_shard(like, num_shards)
         by_shard = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), messages)
         one = lambda x: compressor.decompress_sum(x[0], shard, shard_key(key, x[1]))
-        return join(lax.map(one, (by_shard, jnp.arange(num_shards))), like)
+        return join(jax.lax.map(one, (by_shard, jnp.arange(num_shards))), like)
 
-    def num_values(tree):
-        return num_shards * compressor.message_size(one_shard(tree, num_shards)).paper_bits // 32
-
+    size = lambda tree: compressor.message_size(one_shard(tree, num_shards))
     return dataclasses.replace(
         compressor,
         compress=compress,
         decompress_sum=decompress_sum,
         init_memory=init_memory,
-        num_values=num_values,
+        num_values=lambda tree: num_shards * size(tree).paper_bits // 32,
     )

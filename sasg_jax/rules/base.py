@@ -65,8 +65,7 @@ class Rule:
       begin: ``threshold, shared = begin(shared, round)``, before anybody decides. Here the step
         that the last round made in the end can be seen in the parameters.
       sent: ``memory = sent(memory, params, direction, learning_rate)``, on a worker that uploads.
-      end: ``shared = end(shared, round)``, when all have decided.
-    """
+      end: ``shared = end(shared, round)``, when all have decided."""
 
     name: str  # in errors, with its settings
     decide: Callable[[View], Decision]

@@ -20,8 +20,7 @@ def every(period: int, *, staggered: bool = True) -> Rule:
     Args:
       period: rounds from one upload to the next, an integer of at least 1, or ValueError.
       staggered: whether workers take turns, worker m in rounds t with ``(t + m) % period == 0``, so
-        that every round brings somebody; else all upload in the rounds ``t % period == 0``.
-    """
+        that every round brings somebody; else all upload in the rounds ``t % period == 0``."""
     period = check_int("period", period, minimum=1)
 
     def decide(view):

@@ -8,7 +8,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from sasg_jax._checks import check_bool, check_int, is_real, require
 from sasg_jax.control_flow import for_all
@@ -65,8 +64,7 @@ def innovation(
       history: D, the past steps that the threshold sums over; the first D rounds force uploads.
       share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
         in place of a copy of those of its last upload for each worker: less memory where a device
-        simulates more workers than that.
-    """
+        simulates more workers than that."""
     history = check_int("history", history, minimum=1)
     max_staleness = check_int("max_staleness", max_staleness, minimum=1)
     check_bool("share_stale_params", share_stale_params)
@@ -74,9 +72,7 @@ def innovation(
         _check_alpha(alpha, history)
     # A worker that is forced in every round never asks for stale parameters.
     has_recent = share_stale_params and max_staleness > 1
-
-    def init_worker(params):
-        return StaleParams(() if share_stale_params else params, jnp.zeros((), jnp.float32))
+    own = lambda params, rate: StaleParams(() if share_stale_params else params, rate)
 
     def init_shared(params):
         zeros, recent = jnp.zeros(history, jnp.float32), ()
@@ -108,14 +104,14 @@ def innovation(
             return squared_distance_if_sound(view.direction, view.reevaluate(stale_params))
 
         # Not NaN in place of what is not measured: jax_debug_nans would report it.
-        found = lax.cond(for_all(forced), lambda: jnp.full((), jnp.inf, jnp.float32), measure)
+        found = jax.lax.cond(for_all(forced), lambda: jnp.full((), jnp.inf, jnp.float32), measure)
         measured = jnp.where(forced, 0, found)
         # Written so that an innovation that is not a number uploads.
         return Decision(forced | ~(measured <= view.threshold), measured, jnp.isfinite(found))
 
     def sent(memory: StaleParams, params: PyTree, direction: PyTree, learning_rate: Any):
         rate = jnp.zeros(()) if learning_rate is None else learning_rate
-        return StaleParams(() if share_stale_params else params, rate.astype(jnp.float32))
+        return own(params, rate.astype(jnp.float32))
 
     def end(shared: StepHistory, round: Round):
         recent = write_recent(shared.recent_params, round.params, round.number)
@@ -128,7 +124,7 @@ def innovation(
         decide=decide,
         max_staleness=max_staleness,
         needs_learning_rate=callable(alpha),
-        init_worker=init_worker,
+        init_worker=lambda params: own(params, jnp.zeros((), jnp.float32)),
         init_shared=init_shared,
         begin=begin,
         sent=sent,

@@ -7,7 +7,6 @@ a ring of that length takes the place of a copy for each.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sasg_jax.numerics import PyTree
 
@@ -23,14 +22,12 @@ def init_recent(params: PyTree, max_staleness: int) -> PyTree:
 
 def read_recent(recent: PyTree, round: jax.Array) -> PyTree:
     """The parameters before round ``round``, at most the ring's length before the current one."""
-    read = lambda rows: lax.dynamic_index_in_dim(rows, round % rows.shape[0], keepdims=False)
+    read = lambda rows: jax.lax.dynamic_index_in_dim(rows, round % rows.shape[0], keepdims=False)
     return jax.tree.map(read, recent)
 
 
 def write_recent(recent: PyTree, params: PyTree, round: jax.Array) -> PyTree:
     """Remembers the parameters before round ``round`` in place of the oldest."""
-
-    def write(rows, row):
-        return lax.dynamic_update_index_in_dim(rows, row, round % rows.shape[0], axis=0)
-
+    update = jax.lax.dynamic_update_index_in_dim
+    write = lambda rows, row: update(rows, row, round % rows.shape[0], axis=0)
     return jax.tree.map(write, recent, params) if jax.tree.leaves(recent) else recent
