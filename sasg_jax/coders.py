@@ -1,8 +1,7 @@
-"""Coders: how a message becomes the arrays that cross the wire.
+"""Coders: how a message becomes the arrays that cross the wire, of static sizes.
 
-A coder stands between a compressor and an exchange, and has static sizes. Compressor and coder are
-a compressor again, :func:`coded`: its remainder takes in what the coder rounded, so that what the
-receiver decodes and the remainder always add up to what was compressed.
+Compressor and coder are a compressor again, :func:`coded`: its remainder takes in what the coder
+rounded, so that what the receiver decodes and the remainder add up to what was compressed.
 """
 
 import dataclasses

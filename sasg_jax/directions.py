@@ -1,7 +1,5 @@
-"""Directions: what a worker makes of its batch in a round, before anything is compressed.
-
-A gradient (:func:`gradient`), or the way that several steps of its own have led it
-(:func:`local_steps`). A rule's second evaluation is the same function at other parameters.
+"""Directions: what a worker makes of its batch in a round, a gradient or the way that several steps
+have led it. A rule's second evaluation is the same function at other parameters.
 """
 
 import dataclasses
@@ -56,9 +54,8 @@ def gradient(
         same for the gradient at the current and at other parameters. It returns ``loss``, or
         ``(loss, aux)`` with ``has_aux``, ``(loss, new_model_state)`` with ``has_model_state``, and
         ``(loss, (new_model_state, aux))`` with both.
-      accumulate: how many gradients are added up before anything is sent, in place of
-        ``optax.MultiSteps``. With more than 1 every leaf of a worker's batch has a leading axis of
-        that many.
+      accumulate: how many gradients are added up before anything is sent. With more than 1 every
+        leaf of a worker's batch has a leading axis of that many.
       has_aux, has_model_state, has_key: what ``loss_fn`` returns and takes."""
     accumulate = check_int("accumulate", accumulate, minimum=1)
     has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}

@@ -1,6 +1,5 @@
-"""Drivers: one worker's round for all workers, simulated or on devices of their own.
-
-In the state that they take, a worker's own parts have a leading axis over workers.
+"""Drivers: one worker's round for all workers, simulated or on devices of their own. In the state
+that they take, a worker's own parts have a leading axis over workers.
 """
 
 import dataclasses
@@ -68,11 +67,9 @@ def on_devices(worker_round: WorkerRound, state, *, devices, axis_name: str, don
 def simulate_in_chunks(
     direction: Direction, tx: Any, state, batch, present, *, chunk_size, axis_name, pass_value=False
 ) -> tuple[TrainState, RoundInfo]:
-    """All workers on one device, ``chunk_size`` at a time and the rest in the end.
-
-    Only the gradients of a chunk are in memory: the workers' states stay where they are, and are
-    read and written a chunk at a time. Then the server's half is made once. ValueError where the
-    halves of ``tx`` cannot be run apart."""
+    """All workers on one device, ``chunk_size`` at a time and the rest in the end: only gradients of
+    a chunk are in memory, and the workers' states are read and written a chunk at a time. Then
+    the server's half is made once. ValueError where the halves of ``tx`` cannot be run apart."""
     check_chunks(tx, chunk_size)
     method, own_parts = tx.method, owners(state)
     num_workers = method.num_workers

@@ -1,8 +1,4 @@
-r"""Feedback: what becomes of the part of a direction that a message leaves out.
-
-:func:`residual` adds it to what is sent next, :func:`none` forgets it, and :func:`reconstruction`
-sends differences to what the server has already.
-"""
+"""Feedback: what becomes of the part of a direction that a message leaves out."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,8 +31,8 @@ class Feedback:
     Args:
       init: ``memory = init(tree)``, before the first round, for directions like ``tree``.
       before: ``p = before(direction, memory)``: what is compressed.
-      after: ``memory = after(memory, compressed, decoded)``, once a message is made of p.
-        ``decoded()`` is the message as the server decodes it.
+      after: ``memory = after(memory, compressed, decoded)``, once a message is made of p, which is
+        ``decoded()`` at the server.
       keep: ``memory = keep(memory, p)``: what a silent worker's p becomes, so that nothing of it is
         lost; None where it cannot be kept."""
 

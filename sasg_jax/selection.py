@@ -8,10 +8,9 @@ set of indices and looks at most entries only to count them:
 2. Entries above the bound are marked in a bit mask (one bit an entry) and listed from it.
 3. Bisection over the bits of the listed magnitudes finds the k largest exactly.
 
-Where fewer than k entries lie above the bound and k reach it, as in tensors that are mostly zero,
-those above it and the first that equal it are the k largest. When the sample misled, the reference
-is used, so the result is exact for every input. :func:`approximate_top_k` goes without sample and
-bisection: the threshold of the last selection serves again.
+In tensors that are mostly zero, the entries above the bound and the first that equal it are the k
+largest. When the sample misled, the reference is used, so the result is exact for every input.
+:func:`approximate_top_k` does without: the threshold of the last selection serves again.
 """
 
 import math
@@ -42,12 +41,9 @@ _CORRECTION = 1 / 12
 
 def magnitude_top_k(x: jax.Array, k: int, *, method: str = "auto") -> jax.Array:
     """The indices of the ``k`` entries of largest magnitude of a vector, in no particular order.
-    ``# shape=(k,), dtype=jnp.int32``
-
-    Of entries with equal magnitude those with the lowest index come first, as in
-    :func:`jax.lax.top_k`. NaN is smaller than all numbers, so that it is not chosen where there are
-    ``k`` of them. ``method`` is ``"lax"``, ``"pruned"``, or ``"auto"``: pruned on the CPU for long
-    vectors."""
+    ``# shape=(k,), dtype=jnp.int32`` Of equal ones those with the lowest index, as in
+    :func:`jax.lax.top_k`; NaN only where there are fewer than ``k`` numbers. ``method`` is
+    ``"lax"``, ``"pruned"``, or ``"auto"``: pruned on the CPU for long vectors."""
     check_choice("method", method, METHODS)
     return METHODS[method](x, k)
 
@@ -106,8 +102,7 @@ def approximate_top_k(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.A
 
     Guarantees:
       - Lemma 1 with :math:`\delta = 0.8\,k/n`: what is not chosen has at most :math:`1 - \delta` of
-        the sum of squares. (At least 0.8 k entries that are chosen are as large as the threshold,
-        and none that is not chosen.)
+        the sum of squares, as at least 0.8 k chosen entries reach the threshold, and no others do.
       - NaN is chosen only where there are fewer than ``k`` numbers."""
     if not _is_worth_pruning(x, k):
         return magnitude_top_k(x, k), threshold

@@ -27,11 +27,8 @@ MULTI_STEPS = (
 
 def per_worker(opt_state: PyTree) -> PyTree:
     """Tells for every leaf whether it belongs to one worker: a tree of bools like ``opt_state``.
-
-    Raises:
-      ValueError: the state does not contain exactly one state of ours, or it contains what cannot
-        run under a map over workers: ``optax.MultiSteps``, ``optax.apply_if_finite``, and
-        ``optax.partition`` with arrays for leaves that are not ours.
+    ValueError unless that has exactly one state of ours, and nothing that cannot run under a map
+    over workers: ``optax.MultiSteps``, ``optax.apply_if_finite``, ``optax.partition`` beside ours.
 
     >>> import jax.numpy as jnp, optax, sasg_jax
     >>> tx = optax.chain(sasg_jax.aggregate(num_workers=2), optax.trace(0.9))

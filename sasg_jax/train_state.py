@@ -73,11 +73,9 @@ def worker_round(
       pass_value: whether to pass the mean loss to ``tx.update`` as ``value=``, over workers that
         take part and whose loss is finite.
 
-    Guarantees:
-      - Of what a worker carries, a round in which its direction counts for nothing (its gradient
-        is refused, or it is silent and does not keep it, or it is absent) changes only our
-        counters: not the model state, the direction's state, or what stands before ours in ``tx``.
-    """
+    Of what a worker carries, a round in which its direction counts for nothing (refused, silent and
+    not kept, or absent) changes only our counters: not the model state, the direction's state, or
+    what stands before ours in ``tx``."""
     made, grad_fn = evaluate(direction, tx, state, batch)
     extra = {} if present is None else {"present": present}
     if pass_value:

@@ -51,9 +51,8 @@ def make_train_step(
     """Makes the jitted step of a whole training run, simulated or on several devices.
 
     Args:
-      loss_fn: one worker's loss, ``loss_fn(params, batch)``, as for :func:`sasg_jax.gradient`; or
-        what :func:`sasg_jax.gradient` or :func:`sasg_jax.local_steps` has made of it. It must not
-        use collectives over ``axis_name`` where workers may be silent.
+      loss_fn: one worker's loss, ``loss_fn(params, batch)``, as for :func:`sasg_jax.gradient`, or a
+        direction made of it; without collectives over ``axis_name`` where workers may be silent.
       tx, num_workers: an optax optimiser that contains one transformation of ours, and M.
       driver: ``"vmap"`` simulates all workers on one device; ``"shard_map"`` and ``"pmap"`` run
         each on a device of its own, the former also over several processes.
@@ -62,8 +61,8 @@ def make_train_step(
         for nothing and the pass at stale parameters never write it. See :func:`mean_model_state`.
       devices: the M devices of ``"pmap"`` and ``"shard_map"``; the first M by default.
       axis_name: the axis that ``tx`` was built with.
-      chunk_size: how many of the simulated workers compute at a time. Only their gradients are then
-        in memory. None is all at once. See also ``share_stale_params`` of :func:`sasg_jax.sasg`.
+      chunk_size: how many of the simulated workers compute at a time; only their gradients are in
+        memory. None is all at once. See also ``share_stale_params`` of :func:`sasg_jax.sasg`.
       donate: whether ``step`` may reuse the memory of the state it is given.
       pass_value: whether ``tx`` needs ``value=``, the loss: it gets the mean over workers that take
         part and have a finite one, a sum of 8 bytes that the ledger does not count.

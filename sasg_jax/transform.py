@@ -1,10 +1,4 @@
-"""Methods as optax gradient transformations.
-
-    worker half  →  exchange  →  server half
-
-:func:`aggregate` stands before any optax optimiser, :func:`compressed_sgd` is a complete one, and
-:func:`pipeline` puts what stands before and after around either.
-"""
+"""Methods as optax gradient transformations: worker half → exchange → server half."""
 
 import functools
 from collections.abc import Callable

@@ -53,21 +53,18 @@ def worker_half(
     """One worker's half of a round: its new state, and what goes to the exchange.
 
     Args:
-      method, worker: the parts, and the worker's state.
-      server: the server's, before the round. Of it, only what is the same on all workers is read.
+      server: before the round. Of it, only what is the same on all workers is read.
       direction, params: g, e.g. its gradient, and w_t, of the same shapes and dtypes.
       index: which worker this is, from 0. ``# shape=(), dtype=int32``
       present: whether it takes part in this round. ``# shape=(), dtype=bool``
       reevaluate: gives the direction at other parameters, on the same batch with the same
-        randomness; for rules that ask for it.
+        randomness; for rules that ask for it, or TypeError.
 
     Guarantees:
       - Conservation: decoded message + new residual = γ g + old residual where it uploads, and new
         residual = γ g + old residual where it is silent and keeps its direction.
       - What is not finite never reaches the residual, the message or the rule's memory: neither a
-        gradient nor what γ g + e makes of one. That worker is silent for the round.
-
-    TypeError where the rule asks for another evaluation, and ``reevaluate`` is None."""
+        gradient nor what γ g + e makes of one. That worker is silent for the round."""
     present, index = jnp.asarray(present), jnp.asarray(index)
     round = method.round(params, server.round)
     threshold, shared = method.rule.begin(server.rule, round)

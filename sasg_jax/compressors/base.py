@@ -41,9 +41,7 @@ class Compressor:
       decompress_sum: ``tree = decompress_sum(messages, like, key)``: the sum of decoded messages,
         whose arrays have one more leading axis. It is taken in the order of that axis, so that all
         replicas get the same bits, and in at least float32. Shapes are those of ``like``.
-      init_memory: ``memory = init_memory(tree)``, before the first message.
-      num_values: how many values a message for ``tree`` holds, for the paper's bits; by default
-        the floating-point numbers in it.
+      num_values: how many values a message for ``tree`` holds; by default its floats.
       shares_key: whether all workers must draw the same, and ``decompress_sum`` again: the key is
         then that of the round, in place of the worker's own. Else ``decompress_sum`` gets None.
       compress_mean: in place of the two functions, for one that needs means over workers in the
@@ -54,7 +52,7 @@ class Compressor:
     name: str  # in errors, with its settings: "top_k(0.01)"
     compress: Callable[[PyTree, PyTree, Any], Compressed] = _not_given
     decompress_sum: Callable[[PyTree, PyTree, Any], PyTree] = _not_given
-    init_memory: Callable[[PyTree], PyTree] = lambda tree: ()
+    init_memory: Callable[[PyTree], PyTree] = lambda tree: ()  # before the first message
     num_values: Callable[[PyTree], int] | None = None
     exact: bool = False  # the remainder is always zero, so that no residual need be kept
     unbiased: bool = False  # the decoded message is the tree in the mean, so that none need be kept

@@ -33,9 +33,8 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
       density: kept fraction k/d, in (0, 1].
       scope: ``"tensor"`` selects in every tensor by itself (the paper's setting), ``"tree"``
         among all entries of the tree at once, fewer than 2³¹.
-      selection: how the entries are found, see :mod:`sasg_jax.selection`. ``"auto"``, ``"lax"`` and
-        ``"pruned"`` find the same set. ``"approximate"``, which reuses a threshold from message to
-        message, is faster on the CPU and does not find exactly the k largest.
+      selection: ``"auto"``, ``"lax"`` and ``"pruned"`` find the same set; ``"approximate"`` reuses
+        a threshold from message to message, and is faster on a CPU. See :mod:`sasg_jax.selection`.
 
     Guarantees:
       - Conservation: ``decompress(message) + remainder == tree``, bit for bit.

@@ -31,10 +31,8 @@ __all__ = ["EXCHANGES", "Exchange", "Links", "Needs", "Traffic", "choose"]
 
 
 def choose(exchange: str | Exchange | None, needs: Needs) -> Exchange:
-    """The exchange that a user names, or what suits the method.
-
-    Raises:
-      ValueError: there is none of that name, or it cannot serve the method."""
+    """The exchange that a user names, or what suits the method. ValueError where there is none of
+    that name, or it cannot serve the method."""
     if exchange is None:
         if needs.downlink:
             return SERVER

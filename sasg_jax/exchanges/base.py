@@ -1,9 +1,8 @@
 """What an exchange is: how messages get from the workers to the server, and the step back.
 
-An exchange never looks inside a message: it moves pytrees of arrays of static shapes. Whether a
-worker uploads is known to all, so that all take the same branch of a ``lax.cond`` that holds the
-collective: a branch not taken moves nothing. Under ``vmap`` the workers' messages already stand in
-one array, and each exchange has there its own expression of the same mathematics.
+It moves pytrees of arrays of static shapes. Whether a worker uploads is known to all, so that all
+take the same branch of a ``lax.cond`` that holds the collective: a branch not taken moves nothing.
+Under ``vmap`` all messages stand in one array, and an exchange has its own expression there.
 """
 
 import dataclasses
@@ -65,10 +64,7 @@ class Exchange:
       collect: ``rows = collect(message, flags, axis_name)``: messages with a leading axis over
         workers, where the server is. The rows of silent workers mean nothing. Without flags
         everybody sends. Where ``sums``, one row: the sum of all messages.
-      moved_bytes: ``moved_bytes(shapes)``: the bytes that it makes of one message or step.
-      links: ``links(traffic)``: what a run moves over each worker's link, flags aside.
       tell: ``flags = tell(uploaded, axis_name)``: who uploads, known to all. shape=(M,), dtype=bool
-      flag_links: ``flag_links(M)``: what one round's ``tell`` moves.
       serve: ``memory, down = serve(fn, axis_name, memory, *operands)``: runs ``fn(memory,
         *operands)`` where the server is.
       spread: ``down = spread(down, axis_name)``: what the server sends, on every worker.
@@ -76,10 +72,10 @@ class Exchange:
 
     name: str  # in arguments and errors
     collect: Callable[[PyTree, jax.Array | None, str], PyTree]
-    moved_bytes: Callable[[PyTree], int]
-    links: Callable[[Traffic], Links]
+    moved_bytes: Callable[[PyTree], int]  # of shapes: what it makes of one message or step
+    links: Callable[[Traffic], Links]  # what a run moves over each worker's link, flags aside
     tell: Callable[[jax.Array, str], jax.Array]
-    flag_links: Callable[[int], Links]
+    flag_links: Callable[[int], Links]  # of M: what one round's tell moves
     refuses: Callable[[Needs], str | None] = refuse_mean_inside
     serve: Callable[..., tuple[PyTree, PyTree]] = lambda fn, axis_name, *operands: fn(*operands)
     spread: Callable[[PyTree, str], PyTree] = lambda down, axis_name: down

@@ -1,7 +1,6 @@
-"""``sharded``: every worker is the server of 1/M of each tensor.
-
-1/M of each message goes to each worker, if anybody uploads, and each worker's part of the step to
-all. What is sent is selected within each shard: that is not the paper's selection.
+"""``sharded``: every worker is the server of 1/M of each tensor, to which 1/M of each message goes
+if anybody uploads, and its part of the step to all. What is sent is selected within each shard,
+which is not the paper's selection.
 """
 
 import jax

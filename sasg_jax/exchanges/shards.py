@@ -1,7 +1,5 @@
-"""Trees cut into equal shards, one for each worker that serves it.
-
-Every tensor of n entries is cut into M shards of ceil(n/M) entries each, the last ones padded with
-zeros, so that shards of one tensor have one shape.
+"""Trees cut into equal shards, one for each worker that serves it: every tensor of n entries into M
+shards of ceil(n/M) entries each, padded with zeros, so that they have one shape.
 """
 
 import dataclasses

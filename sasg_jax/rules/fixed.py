@@ -13,14 +13,11 @@ def always() -> Rule:
 
 
 def every(period: int, *, staggered: bool = True) -> Rule:
-    """Every worker uploads in every ``period``-th round: the baseline of rules that look.
+    """Every worker uploads in every ``period``-th round, an integer of at least 1, or ValueError.
 
-    A silent worker's direction goes into its residual unless ``silence`` says otherwise.
-
-    Args:
-      period: rounds from one upload to the next, an integer of at least 1, or ValueError.
-      staggered: whether workers take turns, worker m in rounds t with ``(t + m) % period == 0``, so
-        that every round brings somebody; else all upload in the rounds ``t % period == 0``."""
+    A silent worker's direction goes into its residual unless ``silence`` says otherwise. Staggered,
+    worker m uploads in rounds t with ``(t + m) % period == 0``: every round brings somebody;
+    else all upload in the rounds ``t % period == 0``."""
     period = check_int("period", period, minimum=1)
 
     def decide(view):

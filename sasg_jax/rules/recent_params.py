@@ -1,8 +1,5 @@
-"""The parameters of the last rounds, kept once for all workers.
-
-A worker compares its gradient with that at the parameters of its last upload. These are parameters
-that all workers had, at most ``max_staleness`` rounds ago: where one device simulates many workers,
-a ring of that length takes the place of a copy for each.
+"""The parameters of the last rounds, kept once for all workers: a ring of ``max_staleness`` rounds
+in place of a copy for each worker of those of its last upload, which all had.
 """
 
 import jax
