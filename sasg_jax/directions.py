@@ -79,13 +79,9 @@ def gradient(
         mean = jax.tree.map(lambda t, p: (t / accumulate).astype(p.dtype), total, params)
         return Evaluation(mean, own, model_state, losses.mean(), aux)
 
-    return Direction(
-        init=lambda params: (),
-        evaluate=one if accumulate == 1 else several,
-        steps=None if accumulate == 1 else accumulate,
-        gradients=accumulate,
-        **has,
-    )
+    how = {"steps": None if accumulate == 1 else accumulate, "gradients": accumulate, **has}
+    evaluate = one if accumulate == 1 else several
+    return Direction(init=lambda params: (), evaluate=evaluate, **how)
 
 
 def local_steps(

@@ -67,8 +67,8 @@ def on_devices(worker_round: WorkerRound, state, *, devices, axis_name: str, don
 def simulate_in_chunks(
     direction: Direction, tx: Any, state, batch, present, *, chunk_size, axis_name, pass_value=False
 ) -> tuple[TrainState, RoundInfo]:
-    """All workers on one device, ``chunk_size`` at a time and the rest in the end: only gradients of
-    a chunk are in memory, and the workers' states are read and written a chunk at a time. Then
+    """All workers on one device, ``chunk_size`` at a time and the rest in the end: only a chunk's
+    gradients are in memory, and the workers' states are read and written a chunk at a time. Then
     the server's half is made once. ValueError where the halves of ``tx`` cannot be run apart."""
     check_chunks(tx, chunk_size)
     method, own_parts = tx.method, owners(state)

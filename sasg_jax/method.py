@@ -55,26 +55,10 @@ class Method:
     learning_rate: optax.ScalarOrSchedule | None
     key: Any
     axis_name: str
-
-    @property
-    def tells(self) -> bool:
-        """Whether workers must tell who uploads."""
-        return _tells(self.rule, self.silence, self.feedback)
-
-    @property
-    def keeps(self) -> bool:
-        """Whether a silent worker's direction goes into its residual."""
-        return self.silence == "keep" and not self.rule.always
-
-    @property
-    def remembers(self) -> bool:
-        """Whether the server keeps every worker's last message."""
-        return self.silence == "reuse" and not self.feedback.reconstructs
-
-    @property
-    def downlink_feedback(self) -> Feedback:
-        """What becomes of the part of the step that the way down leaves out."""
-        return _default_feedback(self.downlink, keeps=False)
+    tells: bool  # workers must tell who uploads
+    keeps: bool  # a silent worker's direction goes into its residual
+    remembers: bool  # the server keeps every worker's last message
+    downlink_feedback: Feedback  # of the part of the step that the way down leaves out
 
     @property
     def settings(self) -> tuple[tuple[str, str], ...]:
@@ -115,12 +99,11 @@ class Method:
         """What one round moves."""
         up, down = self.per_link(self.compressor), self.per_link(self.downlink)
         size, step, exchange = up.message_size(params), down.message_size(params), self.exchange
-        ours = exchanges_lib.EXCHANGES.get(exchange.name) is exchange
         down_bytes = 0 if exchange.forwards else step.bytes
         sizes = size.bytes, size.paper_bits, int(self.tells), down_bytes
         moved = lambda part: exchange.moved_bytes(part.message_shapes(params))
-        ours_or_none = None if ours else exchange
-        rest: Any = self.rule.max_staleness or 0, exchange.name, self.settings, ours_or_none
+        custom = None if exchanges_lib.EXCHANGES.get(exchange.name) is exchange else exchange
+        rest: Any = self.rule.max_staleness or 0, exchange.name, self.settings, custom
         return Wire(self.num_workers, *sizes, moved(up), moved(down), *rest)
 
 
@@ -195,17 +178,16 @@ def make_method(
     allowed = f"to be 'keep' or 'drop' for {up.name}: a last message cannot be decoded with the "
     refuse(undecodable, "silence", silence, allowed + "key of another round")
     silence = "reuse" if feedback.reconstructs else silence
-    needs = Needs(not _tells(rule, silence, feedback), up.linear, mean_inside, downlink is not None)
+    # Also where all always upload, a refused gradient is a silent worker that counts as such.
+    tells = not rule.always or (silence != "keep" and not feedback.reconstructs)
+    needs = Needs(not tells, up.linear, mean_inside, downlink is not None)
     exchange = exchanges_lib.choose(exchange, needs)
-    rest = num_workers, learning_rate, key, axis_name
-    return Method(up, rule, feedback, silence, down, exchange, *rest)
+    keeps, remembers = keeps and silence == "keep", silence == "reuse" and not feedback.reconstructs
+    rest = num_workers, learning_rate, key, axis_name, tells, keeps, remembers
+    down_feedback = _default_feedback(down, keeps=False)
+    return Method(up, rule, feedback, silence, down, exchange, *rest, down_feedback)
 
 
 def _default_feedback(compressor: Compressor, keeps: bool) -> Feedback:
     lossless = compressor.exact or compressor.unbiased
     return feedback_lib.none() if lossless and not keeps else feedback_lib.residual()
-
-
-def _tells(rule: Rule, silence: str, feedback: Feedback) -> bool:
-    """Also where all always upload, a refused gradient is a silent worker that counts as such."""
-    return not rule.always or (silence != "keep" and not feedback.reconstructs)

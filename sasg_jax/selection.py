@@ -74,10 +74,8 @@ def _pruned(x: jax.Array, k: int) -> jax.Array:
     if rank > sample.size:
         return lax_top_k(x, k)
     bound = lax.top_k(sample, rank)[0].min()
-
     capacity = min(k + k // 2 + 512, x.size)
     listed, count = _first_set_bits(_pack(jnp.abs(x) > bound), capacity)
-
     magnitudes = lambda: jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
     exact = lambda: listed[_bisect_top_k(magnitudes(), k)]
 
@@ -111,8 +109,7 @@ def approximate_top_k(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.A
 
 def _approximate(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
     min_count = math.ceil(MIN_FILL * k)
-    magnitudes = jnp.abs(x)
-    bound = threshold.astype(x.dtype)
+    magnitudes, bound = jnp.abs(x), threshold.astype(x.dtype)
     large, count = _first_set_bits(_pack(magnitudes >= bound), k)
     # At most k of the first 2 k entries are large, so the others fill every gap, NaN aside.
     others, num_others = _first_set_bits(_pack(magnitudes[: 2 * k] < bound), k - min_count)
@@ -155,7 +152,6 @@ def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
     # Floats that are not negative are ordered as their bit patterns are. The threshold is built
     # from its highest bit down, until exactly k entries reach it or it is the k-th largest itself.
     bits = lax.bitcast_convert_type(magnitudes, jnp.int32)
-
     undecided = lambda state: (state[0] > 0) & (state[2] != k)
 
     def decide_bit(state):

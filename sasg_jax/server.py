@@ -51,7 +51,11 @@ def _served_shapes(method: Method, params: PyTree) -> PyTree:
 
 
 def server_half(
-    method: Method, server: ServerState, messages: PyTree, uploaded: Any, params: PyTree
+    method: Method,
+    server: ServerState,
+    messages: PyTree,
+    uploaded: jax.Array | None,
+    params: PyTree,
 ) -> tuple[PyTree, ServerState]:
     """The server's half of a round, whoever has brought the messages: the step, and its new state.
 

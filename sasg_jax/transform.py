@@ -130,9 +130,8 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
         again = grad_fn and pass_on
         worker, post = ours.worker_part(passed, state.aggregate, params, index, present, again)
         keep = lambda new, old: jnp.where(ours.find_ours(worker).worker.used, new, old)
-        return PipelineState(
-            jax.tree.map(keep, new_before, state.before), worker, state.after
-        ), post
+        new_before = jax.tree.map(keep, new_before, state.before)
+        return PipelineState(new_before, worker, state.after), post
 
     def server_part(state, kept, down, params, extra_args):
         updates, aggregated = ours.server_part(state.aggregate, kept, down, params, extra_args)
@@ -173,8 +172,7 @@ def _from_method(method: Method) -> Transformation:
                         "around it hides, or as the one vector that an optax.flatten makes of them."
                     )
                 raise
-            if _find_masked(params) and not _find_masked(again):
-                # optax.masked hides leaves of params that grad_fn gives a gradient for.
+            if _find_masked(params) and not _find_masked(again):  # grad_fn gives hidden ones, too
                 hide = lambda p, g: p if is_masked(p) else g
                 again = jax.tree.map(hide, params, again, is_leaf=is_masked)
             check_like("grad_fn(params)", again, params)

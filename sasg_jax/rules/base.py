@@ -50,6 +50,9 @@ class Decision(NamedTuple):
     Saves looking once more. shape=(), dtype=jnp.bool_"""
 
 
+_no_threshold = lambda shared, *round: (jnp.zeros((), jnp.float32), shared)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """Pure functions, e.g. those of :func:`innovation`. Only ``name`` and ``decide`` are needed.
@@ -75,9 +78,6 @@ class Rule:
     needs_learning_rate: bool = False  # it reads Round.learning_rate
     init_worker: Callable[[PyTree], PyTree] = lambda params: ()
     init_shared: Callable[[PyTree], PyTree] = lambda params: ()
-    begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = lambda shared, round: (
-        jnp.zeros((), jnp.float32),
-        shared,
-    )
+    begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = _no_threshold
     sent: Callable[[PyTree, PyTree, PyTree, Any], PyTree] = lambda memory, *upload: memory
     end: Callable[[PyTree, Round], PyTree] = lambda shared, round: shared
