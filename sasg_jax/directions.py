@@ -96,13 +96,12 @@ def local_steps(
     """The way that ``steps`` steps of a worker's own lead, Δ: old minus new parameters.
 
     What follows the mean, the outer optimiser, then takes Δ for a gradient: ``optax.sgd(1.0)`` is
-    local SGD, ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's. ValueError for an
-    argument out of range.
+    local SGD, ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's.
 
     Args:
       loss_fn, has_aux, has_model_state, has_key: as in :func:`gradient`.
       inner: the worker's own optimiser. Its state stays with the worker, from round to round.
-      steps: H. Every leaf of a worker's batch has a leading axis of H.
+      steps: H, at least 1, or ValueError. Every leaf of a worker's batch has a leading axis of H.
 
     References: Stich, `Local SGD Converges Fast and Communicates Little
     <https://arxiv.org/abs/1805.09767>`_, 2018; Douillard et al., `DiLoCo
@@ -134,13 +133,12 @@ def local_steps(
 
 def as_direction(loss_fn: Any, **has: bool) -> Direction:
     """A direction as it is, or the gradient of a loss function."""
+    is_one = isinstance(loss_fn, Direction)
     for name, value in has.items():
         check_bool(name, value)
-    if not isinstance(loss_fn, Direction):
-        return gradient(loss_fn, **has)
-    for name, value in has.items():
-        require(not value, name, value, "to be said to sasg_jax.gradient or local_steps instead")
-    return loss_fn
+        allowed = "to be said to sasg_jax.gradient or local_steps instead"
+        require(not (is_one and value), name, value, allowed)
+    return loss_fn if is_one else gradient(loss_fn, **has)
 
 
 def _value_and_grad(loss_fn, has_aux, has_model_state, has_key):
@@ -161,5 +159,4 @@ def _value_and_grad(loss_fn, has_aux, has_model_state, has_key):
     return jax.value_and_grad(parts, has_aux=True)
 
 
-def _fold(key: Any, number: jax.Array) -> Any:
-    return key if isinstance(key, tuple) else jax.random.fold_in(key, number)
+_fold = lambda key, number: key if isinstance(key, tuple) else jax.random.fold_in(key, number)

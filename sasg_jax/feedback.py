@@ -31,10 +31,8 @@ class Feedback:
     Args:
       init: ``memory = init(tree)``, before the first round, for directions like ``tree``.
       before: ``p = before(direction, memory)``: what is compressed.
-      after: ``memory = after(memory, compressed, decoded)``, once a message is made of p, which is
-        ``decoded()`` at the server.
-      keep: ``memory = keep(memory, p)``: what a silent worker's p becomes, so that nothing of it is
-        lost; None where it cannot be kept."""
+      after: ``memory = after(memory, compressed, decoded)``, with the message as ``decoded()``.
+      keep: ``memory = keep(memory, p)``: what a silent worker's p becomes, or None."""
 
     name: str  # in errors
     init: Callable[[PyTree], PyTree]

@@ -59,8 +59,7 @@ class Ledger:
             left empty: who is present counts as having uploaded.
           present: who took part; None for all. ValueError for another shape or dtype.
 
-        Warns once, when in ``2 max_staleness`` rounds in which the rule was asked it has let nobody
-        upload."""
+        Warns once, when in ``2 max_staleness`` rounds that asked the rule it let nobody upload."""
         flags = self._flags("uploaded", uploaded)
         there = np.ones_like(flags) if present is None else self._flags("present", present)
         if flags.shape != there.shape:
@@ -126,8 +125,7 @@ class Ledger:
     @property
     def uplink_bytes(self) -> int:
         """Values, indices and flags that workers send to the server."""
-        wire = self._wire
-        return self.uploads * wire.upload_bytes + self.presences * wire.flag_bytes
+        return self.uploads * self._wire.upload_bytes + self.presences * self._wire.flag_bytes
 
     @property
     def downlink_bytes(self) -> int:

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasg_jax import exchanges as exchanges_lib
-from sasg_jax import feedback as feedback_lib
 from sasg_jax._checks import check_axis_name, check_choice, check_int, check_key, expected, require
 from sasg_jax.coders import Coder, coded
 from sasg_jax.compressors import Compressor, identity, top_k
-from sasg_jax.exchanges import Exchange, Needs
+from sasg_jax.exchanges import EXCHANGES, Exchange, Needs, choose
 from sasg_jax.exchanges.shards import per_shard
-from sasg_jax.feedback import Feedback
+from sasg_jax.feedback import Feedback, none, residual
 from sasg_jax.numerics import PyTree
 from sasg_jax.rules import SILENCES, Round, Rule, always
 from sasg_jax.states import Wire
@@ -102,7 +100,7 @@ class Method:
         down_bytes = 0 if exchange.forwards else step.bytes
         sizes = size.bytes, size.paper_bits, int(self.tells), down_bytes
         moved = lambda part: exchange.moved_bytes(part.message_shapes(params))
-        custom = None if exchanges_lib.EXCHANGES.get(exchange.name) is exchange else exchange
+        custom = None if EXCHANGES.get(exchange.name) is exchange else exchange
         rest: Any = self.rule.max_staleness or 0, exchange.name, self.settings, custom
         return Wire(self.num_workers, *sizes, moved(up), moved(down), *rest)
 
@@ -181,7 +179,7 @@ def make_method(
     # Also where all always upload, a refused gradient is a silent worker that counts as such.
     tells = not rule.always or (silence != "keep" and not feedback.reconstructs)
     needs = Needs(not tells, up.linear, mean_inside, downlink is not None)
-    exchange = exchanges_lib.choose(exchange, needs)
+    exchange = choose(exchange, needs)
     keeps, remembers = keeps and silence == "keep", silence == "reuse" and not feedback.reconstructs
     rest = num_workers, learning_rate, key, axis_name, tells, keeps, remembers
     down_feedback = _default_feedback(down, keeps=False)
@@ -190,4 +188,4 @@ def make_method(
 
 def _default_feedback(compressor: Compressor, keeps: bool) -> Feedback:
     lossless = compressor.exact or compressor.unbiased
-    return feedback_lib.none() if lossless and not keeps else feedback_lib.residual()
+    return none() if lossless and not keeps else residual()

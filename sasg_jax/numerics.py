@@ -20,8 +20,7 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def is_masked(node: PyTree) -> bool:
-    return isinstance(node, optax.MaskedNode)
+is_masked = lambda node: isinstance(node, optax.MaskedNode)
 
 
 def _sum(fn: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:

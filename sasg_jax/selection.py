@@ -129,12 +129,8 @@ def _approximate(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.Array,
     return indices, threshold * correction
 
 
-def _magnitudes(x: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isnan(x), -1, jnp.abs(x))
-
-
-def _is_worth_pruning(x: jax.Array, k: int) -> bool:
-    return x.size >= _MIN_PRUNED_SIZE and k <= _MAX_PRUNED_DENSITY * x.size
+_magnitudes = lambda x: jnp.where(jnp.isnan(x), -1, jnp.abs(x))
+_is_worth_pruning = lambda x, k: x.size >= _MIN_PRUNED_SIZE and k <= _MAX_PRUNED_DENSITY * x.size
 
 
 def _auto_top_k(x: jax.Array, k: int) -> jax.Array:

@@ -137,8 +137,7 @@ def _mark_children(node: PyTree) -> PyTree:
     return treedef.unflatten([_mark(child) for child in children])
 
 
-def _fill(node: PyTree, own: bool) -> PyTree:
-    return jax.tree.map(lambda _: own, node)
+_fill = lambda node, own: jax.tree.map(lambda _: own, node)
 
 
 def _contains_ours(node: PyTree) -> bool:

@@ -114,6 +114,5 @@ def find_state(opt_state: PyTree) -> AggregateState:
 def register_with_flax() -> None:
     """Lets flax, where it has been imported, save a state, whose static part it would not know."""
     if serialization := sys.modules.get("flax.serialization"):
-        serialization.register_serialization_state(
-            Wire, lambda wire: {}, lambda wire, saved: wire, override=True
-        )
+        to_dict, from_dict = lambda wire: {}, lambda wire, saved: wire
+        serialization.register_serialization_state(Wire, to_dict, from_dict, override=True)

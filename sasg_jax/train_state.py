@@ -40,9 +40,8 @@ class RoundInfo(NamedTuple):
 def evaluate(direction: Direction, tx: Any, state: TrainState, batch) -> tuple[Evaluation, Any]:
     """A worker's direction, and the function that gives it at other parameters: there it has gone
     through what stands before ours in ``tx``, as ``tx.update`` does with the former."""
-    key = ()
-    if direction.has_key:
-        key = jax.random.fold_in(state.keys, find_state(state.opt_state).server.round)
+    folded = lambda: jax.random.fold_in(state.keys, find_state(state.opt_state).server.round)
+    key = folded() if direction.has_key else ()
 
     rest = state.direction, state.model_state, key, batch
 
@@ -70,12 +69,10 @@ def worker_round(
       direction, tx: what it makes of its batch, and an optimiser that contains one of ours.
       state, batch: its own view: nothing has an axis over workers.
       present: who takes part, the same on all workers; None for all. ``# shape=(M,), dtype=bool``
-      pass_value: whether to pass the mean loss to ``tx.update`` as ``value=``, over workers that
-        take part and whose loss is finite.
+      pass_value: whether ``tx.update`` gets the mean finite loss of those present as ``value=``.
 
-    Of what a worker carries, a round in which its direction counts for nothing (refused, silent and
-    not kept, or absent) changes only our counters: not the model state, the direction's state, or
-    what stands before ours in ``tx``."""
+    A round in which its direction counts for nothing (refused, silent and not kept, or absent)
+    changes only our counters: not its model state, nor the direction's, nor what is before ours."""
     made, grad_fn = evaluate(direction, tx, state, batch)
     extra = {} if present is None else {"present": present}
     if pass_value:

@@ -271,9 +271,8 @@ def _check_devices(driver: str, devices: Any, num_workers: int) -> Sequence[Any]
     if driver == "vmap":
         require(devices is None, "devices", devices, "to be None for driver='vmap'")
         return ()
-    one_process = driver != "pmap" or jax.process_count() == 1
-    allowed = "to be 'shard_map' where there are several processes"
-    require(one_process, "driver", driver, allowed)
+    alone, allowed = jax.process_count() == 1, "to be 'shard_map' where there are several processes"
+    require(driver != "pmap" or alone, "driver", driver, allowed)
     given = jax.devices()[:num_workers] if devices is None else list(devices)
     if len(given) != num_workers:
         raise ValueError(

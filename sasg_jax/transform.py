@@ -262,8 +262,7 @@ def check_present(present: Any, num_workers: int) -> jax.Array | None:
     return present
 
 
-def _find_masked(tree: PyTree) -> bool:
-    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
+_find_masked = lambda tree: any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
 def _check_not_summed(grads: PyTree, axis_name: str) -> None:

@@ -3,8 +3,7 @@ r"""The worker's half of a round: decide whether to upload, and form the message
 .. math::
     p = \gamma g + e, \quad \text{message} = \mathcal{C}(p), \quad e \leftarrow p - \mathcal{C}(p)
 
-for a worker that uploads. A silent worker changes nothing but its staleness; where it keeps its
-direction, its residual becomes p.
+for a worker that uploads. A silent one changes its staleness, and where it keeps p, its residual.
 """
 
 import functools

@@ -46,8 +46,7 @@ class Compressor:
         then that of the round, in place of the worker's own. Else ``decompress_sum`` gets None.
       compress_mean: in place of the two functions, for one that needs means over workers in the
         middle of its work: ``mean_of_trees, remainder, memory = compress_mean(tree, memory, key,
-        mean)``, where ``mean`` takes a pytree to its mean over workers. The first and the memory
-        must be the same on all workers."""
+        mean)``, where ``mean`` averages a pytree; the first and the memory are the same on all."""
 
     name: str  # in errors, with its settings: "top_k(0.01)"
     compress: Callable[[PyTree, PyTree, Any], Compressed] = _not_given
@@ -67,8 +66,7 @@ class Compressor:
         return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), tree, like)
 
     def message_shapes(self, tree: PyTree) -> PyTree:
-        """Shapes and dtypes of a message for ``tree`` (arrays or ``jax.ShapeDtypeStruct``); with
-        ``compress_mean``, of all that it takes means of."""
+        """Shapes and dtypes of a message for ``tree``, or of what ``compress_mean`` averages."""
         leaves, treedef = jax.tree.flatten(tree)
         return _message_shapes(self, treedef, tuple((x.shape, x.dtype) for x in leaves))
 

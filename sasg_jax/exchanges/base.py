@@ -59,14 +59,12 @@ class Exchange:
     """How messages travel: one file of :mod:`sasg_jax.exchanges` each.
 
     Args:
-      refuses: ``reason = refuses(needs)``: what is expected of the argument ``exchange`` where it
-        cannot serve a method, else None.
+      refuses: ``reason = refuses(needs)``: why it cannot serve a method, as errors say it, or None.
       collect: ``rows = collect(message, flags, axis_name)``: messages with a leading axis over
         workers, where the server is. The rows of silent workers mean nothing. Without flags
         everybody sends. Where ``sums``, one row: the sum of all messages.
       tell: ``flags = tell(uploaded, axis_name)``: who uploads, known to all. shape=(M,), dtype=bool
-      serve: ``memory, down = serve(fn, axis_name, memory, *operands)``: runs ``fn(memory,
-        *operands)`` where the server is.
+      serve: ``memory, down = serve(fn, axis_name, *operands)``: ``fn(*operands)`` at the server.
       spread: ``down = spread(down, axis_name)``: what the server sends, on every worker.
       mean: ``mean(tree, axis_name)``: the mean over workers, for compressors that need it."""
 

@@ -39,15 +39,6 @@ def tell_through_root(uploaded: jax.Array, axis_name: str) -> jax.Array:
     return over_workers(on_devices, stacked, axis_name, uploaded)
 
 
-def tell_all_links(size: int) -> Links:
-    return Links([size - 1] * size, [size - 1] * size)
-
-
-def tell_through_root_links(size: int) -> Links:
-    others = size - 1
-    return Links([others * size, *[1] * others], [others, *[size] * others])
-
-
 def from_root(x: jax.Array, axis_name: str) -> jax.Array:
     """Worker 0's integers ``x``, on every worker."""
     # Each worker receives zeros but from one of the sends, so the bits of all are or-ed.
@@ -58,5 +49,9 @@ def from_root(x: jax.Array, axis_name: str) -> jax.Array:
 
 
 # The two ways, as arguments of Exchange.
+tell_all_links = lambda size: Links([size - 1] * size, [size - 1] * size)
+tell_through_root_links = lambda size: Links(
+    [(size - 1) * size, *[1] * (size - 1)], [size - 1, *[size] * (size - 1)]
+)
 TO_ALL: Any = {"tell": tell_all, "flag_links": tell_all_links}
 BY_ROOT: Any = {"tell": tell_through_root, "flag_links": tell_through_root_links, "has_root": True}

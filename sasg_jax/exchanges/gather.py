@@ -15,9 +15,7 @@ def gather_rows(words, flags, axis_name):
     return lax.cond(flags.any(), everything, lambda words: no_rows(words, flags.size), words)
 
 
-def no_rows(words, size):
-    """The rows of a round in which nobody uploads."""
-    return jnp.zeros((size, *words.shape), words.dtype)
+no_rows = lambda words, size: jnp.zeros((size, *words.shape), words.dtype)  # nobody uploads
 
 
 def _links(traffic):

@@ -31,10 +31,9 @@ def _lazy_rows(words, flags, axis_name):
     return lax.switch(jnp.minimum(flags.sum(), len(branches) - 1), branches)
 
 
-def _most_slots(num_workers: int) -> int:
-    """The largest number of uploads for which a sum of slots moves less than a gather: a sum over M
-    workers sends 2 (M-1)/M slots for each slot, and a gather sends M-1 messages."""
-    return (num_workers - 1) // 2
+# The largest number of uploads for which a sum of slots moves less than a gather: a sum over M
+# workers sends 2 (M-1)/M slots for each slot, and a gather sends M-1 messages.
+_most_slots = lambda num_workers: (num_workers - 1) // 2
 
 
 def _links(traffic):

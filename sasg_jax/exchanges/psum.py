@@ -31,10 +31,6 @@ def _sum(message: PyTree, axis_name: str) -> PyTree:
     return over_workers(on_devices, simulated, axis_name, message)
 
 
-def _collect(message, flags, axis_name):  # the messages of silent workers are zeros
-    return jax.tree.map(lambda x: x[None], _sum(message, axis_name))
-
-
 def _mean(tree: PyTree, axis_name: str) -> PyTree:
     divide = lambda total, x: (total / jax.lax.axis_size(axis_name)).astype(x.dtype)
     return jax.tree.map(divide, _sum(tree, axis_name), tree)
@@ -54,15 +50,16 @@ def _links(traffic):
     return Links([moved] * size, [moved] * size)
 
 
-def _moved_bytes(shapes):
-    return sum(x.size * wide(x.dtype).itemsize for x in jax.tree.leaves(shapes))
+def _collect(message, flags, axis_name):  # the messages of silent workers are zeros
+    return jax.tree.map(lambda x: x[None], _sum(message, axis_name))
 
 
+_bytes = lambda x: x.size * wide(x.dtype).itemsize
 PSUM = Exchange(
     name="psum",
     refuses=_refuses,
     collect=_collect,
-    moved_bytes=_moved_bytes,
+    moved_bytes=lambda shapes: sum(map(_bytes, jax.tree.leaves(shapes))),
     links=_links,
     mean=_mean,
     sums=True,

@@ -1,6 +1,5 @@
 """``sharded``: every worker is the server of 1/M of each tensor, to which 1/M of each message goes
-if anybody uploads, and its part of the step to all. What is sent is selected within each shard,
-which is not the paper's selection.
+if anybody uploads, and its part of the step to all. Selection is within each shard.
 """
 
 import jax

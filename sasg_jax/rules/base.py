@@ -60,8 +60,7 @@ class Rule:
     Args:
       decide: ``decision = decide(view)``. A comparison should let NaN upload: what is then sent is
         looked at, and refused if it is not finite.
-      max_staleness: an upload is forced when the last one is this many rounds back, and at the
-        start; None forces none.
+      max_staleness: an upload is forced when the last is this many rounds back, and at the start.
       silence: what a silent worker counts as by default, one of :data:`SILENCES`.
       init_worker: ``memory = init_worker(params)``: its memory on a worker, before the first round.
       init_shared: ``shared = init_shared(params)``: its memory that is the same on all workers.

@@ -63,8 +63,7 @@ def innovation(
       max_staleness: an upload is forced when the last one is this many rounds back.
       history: D, the past steps that the threshold sums over; the first D rounds force uploads.
       share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
-        in place of a copy of those of its last upload for each worker: less memory where a device
-        simulates more workers than that."""
+        in place of a copy for each worker: less memory where a device simulates more workers."""
     history = check_int("history", history, minimum=1)
     max_staleness = check_int("max_staleness", max_staleness, minimum=1)
     check_bool("share_stale_params", share_stale_params)

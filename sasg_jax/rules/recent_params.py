@@ -10,8 +10,7 @@ from sasg_jax.numerics import PyTree
 
 def init_recent(params: PyTree, max_staleness: int) -> PyTree:
     """An empty ring, with a leading axis of ``max_staleness - 1``: a worker whose last upload is as
-    far back as ``max_staleness`` uploads anyway. () where nobody ever asks, with ``max_staleness``
-    1."""
+    far back as ``max_staleness`` uploads anyway. () for 1, where nobody ever asks."""
     if max_staleness == 1:
         return ()
     return jax.tree.map(lambda x: jnp.zeros((max_staleness - 1, *x.shape), x.dtype), params)
