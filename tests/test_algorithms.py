@@ -100,6 +100,7 @@ SETTINGS = {
     "sasg_of_eight": Setting(
         METHODS["sasg"](0.1, num_workers=8),
         ADAPTIVE_SPARSE | {"alpha": 0.5 * 8 / LEARNING_RATE},
+        ("shard_map",),
         num_workers=8,
     ),
     # What the threshold is made of.
@@ -138,6 +139,7 @@ SETTINGS = {
     "turn_reuse": Setting(
         _sgd(TOP_K, sasg_jax.every(3), silence="reuse", feedback=sasg_jax.none()),
         SPARSE | {"turn": (3, True), "silence": "reuse", "feedback": "none"},
+        ("vmap",),
     ),
     "sasg_keep": Setting(
         METHODS["sasg"](0.1, num_workers=M, silence="keep"),

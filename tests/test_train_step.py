@@ -315,7 +315,6 @@ def _cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@pytest.mark.slow
 def test_trains_a_flax_linen_model_with_batch_norm_and_dropout():
     class Model(nn.Module):
         @nn.compact
