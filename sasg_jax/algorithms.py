@@ -21,7 +21,7 @@ References: Deng et al., `Communication-Efficient Distributed Learning via Spars
 Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
 """
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import optax
 
@@ -96,8 +96,6 @@ def sasg(
     return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **parts)
 
 
-def _rule(
-    alpha: Alpha | AlphaFn | None, num_workers: int, max_staleness: int, history: int, share: bool
-) -> Rule:
+def _rule(alpha: Any, num_workers: int, max_staleness: int, history: int, share: bool) -> Rule:
     alpha = released_alpha(0.5, num_workers) if alpha is None else alpha
     return innovation(alpha, max_staleness=max_staleness, history=history, share_stale_params=share)

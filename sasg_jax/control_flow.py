@@ -18,9 +18,7 @@ def stacked(size: int, tree: PyTree, batched: PyTree) -> PyTree:
     return jax.tree.map(stack, tree, batched)
 
 
-def update_if(
-    active: jax.Array, fn: Callable[..., tuple[PyTree, PyTree]], carried: PyTree, *operands: PyTree
-) -> tuple[PyTree, PyTree]:
+def update_if(active: jax.Array, fn: Callable[..., Any], carried: PyTree, *operands: PyTree) -> Any:
     """Runs ``carried, output = fn(carried, *operands)`` where ``active``, and nothing elsewhere.
 
     Like a ``lax.cond`` whose other branch returns ``carried`` as it is and an output of zeros.

@@ -35,9 +35,8 @@ def simulate(worker_round: WorkerRound, state, batch, present, *, num_workers, a
         state, info = worker_round(state, batch, present)
         return jax.tree.map(lambda o, x: x if o else same_on_all(x), own, state), info
 
-    in_axes, out_axes = _split(own, 0, None)
-    axes = {"in_axes": in_axes, "out_axes": out_axes, "axis_name": axis_name}
-    return jax.vmap(checked, axis_size=num_workers, **axes)(state, batch, present)
+    axes = {"axis_name": axis_name, "axis_size": num_workers, **_split("axes", own, 0, None)}
+    return jax.vmap(checked, **axes)(state, batch, present)
 
 
 def on_mesh(worker_round: WorkerRound, state, batch, present, *, mesh: Mesh):
@@ -51,17 +50,15 @@ def on_mesh(worker_round: WorkerRound, state, batch, present, *, mesh: Mesh):
         state, info = worker_round(state, jax.tree.map(first, batch), present)
         return map_own(expand, own, state), map_own(expand, INFO_OWNERS, info)
 
-    in_specs, out_specs = _split(own, PartitionSpec(axis_name), PartitionSpec())
-    specs = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": False}
-    return jax.shard_map(on_one_device, mesh=mesh, **specs)(state, batch, present)
+    specs = _split("specs", own, PartitionSpec(axis_name), PartitionSpec())
+    over = jax.shard_map(on_one_device, mesh=mesh, check_vma=False, **specs)
+    return over(state, batch, present)
 
 
 def on_devices(worker_round: WorkerRound, state, *, devices, axis_name: str, donate: bool):
     """As :func:`on_mesh` by ``jax.pmap``, which compiles by itself: for states like ``state``."""
-    in_axes, out_axes = _split(owners(state), 0, None)
-    axes = {"in_axes": in_axes, "out_axes": out_axes, "axis_name": axis_name}
-    donated = (0,) if donate else ()
-    return jax.pmap(worker_round, donate_argnums=donated, devices=devices, **axes)
+    axes = {"axis_name": axis_name, "devices": devices, **_split("axes", owners(state), 0, None)}
+    return jax.pmap(worker_round, donate_argnums=(0,) if donate else (), **axes)
 
 
 def simulate_in_chunks(
@@ -158,11 +155,11 @@ def owners(state: TrainState) -> PyTree:
 INFO_OWNERS: Any = RoundInfo._make(name != "threshold" for name in RoundInfo._fields)
 
 
-def _split(own_parts: PyTree, own: Any, shared: Any) -> tuple[Any, Any]:
-    """For arguments and results of a round: ``own`` for what is one worker's, else ``shared``."""
+def _split(what: str, own_parts: PyTree, own: Any, shared: Any) -> Any:
+    """In and out of a round: ``own`` for what is one worker's, else ``shared``."""
     choose = lambda parts: jax.tree.map(lambda is_own: own if is_own else shared, parts)
-    state = choose(own_parts)
-    return (state, own, shared), (state, choose(INFO_OWNERS))
+    state, info = choose(own_parts), choose(INFO_OWNERS)
+    return {f"in_{what}": (state, own, shared), f"out_{what}": (state, info)}
 
 
 def map_own(fn: Callable[[jax.Array], Any], own_parts: PyTree, tree: PyTree) -> Any:

@@ -129,9 +129,7 @@ def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> Py
     return jax.tree.map(lambda old, new: jnp.where(flags(new), new, old), messages, fresh)
 
 
-def finish(
-    method: Method, server: ServerState, kept: Kept, down: PyTree, params: PyTree
-) -> tuple[PyTree, ServerState]:
+def finish(method: Method, server: ServerState, kept: Kept, down: PyTree, params: PyTree) -> Any:
     """What every worker makes of what the server sends: the step, and the server's new state."""
     round = method.round(params, server.round)
     threshold, shared = method.rule.begin(server.rule, round)

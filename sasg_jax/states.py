@@ -93,9 +93,8 @@ def diagnostics(opt_state: PyTree) -> Diagnostics:
     ValueError from others."""
     worker, server, _ = find_state(opt_state)
     finite = worker.finite & server.finite
-    return Diagnostics(
-        worker.uploaded, finite, worker.staleness, worker.innovation, server.threshold
-    )
+    report = worker.uploaded, finite, worker.staleness, worker.innovation
+    return Diagnostics(*report, server.threshold)
 
 
 def find_state(opt_state: PyTree) -> AggregateState:

@@ -17,17 +17,15 @@ from sasg_jax.numerics import PyTree, is_masked
 from sasg_jax.rules import Rule
 from sasg_jax.server import finish, init_server, served
 from sasg_jax.states import AggregateState, PipelineState, register_with_flax
-from sasg_jax.worker import Post, init_worker, worker_half, worker_half_with_mean
+from sasg_jax.worker import init_worker, worker_half, worker_half_with_mean
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
     """A gradient transformation whose two halves can be run apart, e.g. in chunks of workers."""
 
     method: Method
-    worker_part: Callable[..., tuple[Any, Post]]
-    """``state, post = worker_part(grads, state, params, index, present, grad_fn)``"""
-    server_part: Callable[..., tuple[PyTree, Any]]
-    """``updates, state = server_part(state, kept, down, params, extra_args)``"""
+    worker_part: Callable[..., Any]  # state, post = (grads, state, params, index, present, grad_fn)
+    server_part: Callable[..., Any]  # updates, state = (state, kept, down, params, extra_args)
     find_ours: Callable[[Any], AggregateState]
 
 
@@ -208,9 +206,8 @@ def _transformation(method, init, worker_part, server_part, find_ours) -> Transf
         if _return_at_ours:
             raise Arrived(updates)
         if params is None:
-            raise ValueError(
-                "Expected params to be passed to update(grads, state, params), got None."
-            )
+            why = "Expected params to be passed to update(grads, state, params), got None."
+            raise ValueError(why)
         params = as_params(params)
         check_mapped_axis(axis_name, method.num_workers)
         _check_not_summed(updates, axis_name)

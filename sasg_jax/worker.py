@@ -122,8 +122,8 @@ def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
 
 
 def worker_half_with_mean(
-    method: Method, worker: WorkerState, server, direction, params, *, index, present, mean
-) -> tuple[WorkerState, Post]:
+    method: Method, worker, server, direction, params, *, index, present, mean
+):
     """As :func:`worker_half`, for a compressor that takes means over workers in its middle; who is
     refused or absent adds zeros. The message is the mean, decoded and like ``params``."""
     assert method.compressor.compress_mean is not None

@@ -95,7 +95,6 @@ def over_workers(on_devices: Any, simulated: Any, axis_name: str, message, *oper
     """``on_devices(message, *operands)``, a worker's view, which must not close over traced values;
     or under vmap over workers ``simulated(size, message, batched)``: it gets the messages of all,
     with a leading axis where ``batched``, and its result is the same on all workers."""
-
     call = custom_vmap(lambda worker, operands: on_devices(*operands))
 
     @call.def_vmap
