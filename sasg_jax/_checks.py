@@ -28,11 +28,9 @@ def require(ok: Any, name: str, value: Any, allowed: str) -> None:
 
 def _reject_traced(name: str, value: Any, kinds: Any = jax.Array) -> None:
     if isinstance(value, kinds):
-        raise TypeError(
-            f"Expected {name} to be a Python number that is known when the transformation is "
-            f"built, got the array {value}. Under optax.inject_hyperparams, pass "
-            f"static_args={STATIC_ARGUMENTS!r} (those that the optimiser has)."
-        )
+        why = f"Expected {name} to be a Python number that is known when the transformation is "
+        why += f"built, got the array {value}. Under optax.inject_hyperparams, pass "
+        raise TypeError(why + f"static_args={STATIC_ARGUMENTS!r} (those that the optimiser has).")
 
 
 def check_int(name: str, value: Any, *, minimum: int) -> int:
@@ -103,11 +101,9 @@ def check_mapped_axis(axis_name: str, num_workers: int) -> None:
     try:
         size = jax.lax.axis_size(axis_name)
     except NameError:
-        raise ValueError(
-            f"Expected axis_name={axis_name!r} to be a mapped axis, but no axis of that name is in "
-            "scope. Call update inside jax.vmap, jax.pmap (axis_name=...) or jax.shard_map, or "
-            "let sasg_jax.make_train_step do it."
-        ) from None
+        why = f"Expected axis_name={axis_name!r} to be a mapped axis, but no axis of that name is "
+        why += "in scope. Call update inside jax.vmap, jax.pmap (axis_name=...) or jax.shard_map, "
+        raise ValueError(why + "or let sasg_jax.make_train_step do it.") from None
     allowed = f"to equal the size of axis {axis_name!r}, which is {size}"
     require(size == num_workers, "num_workers", num_workers, allowed)
 
@@ -124,16 +120,12 @@ def as_params(params: Any) -> Any:
         except TypeError:
             got, is_right = repr(leaf), False
         if not is_right:
-            raise TypeError(
-                f"Expected {where} to be of a floating-point type of 16 bits or more, got {got}. "
-                "Keep such leaves out of params (in the model state), or mask them with "
-                "optax.masked."
-            )
+            why = f"Expected {where} to be of a floating-point type of 16 bits or more, got {got}. "
+            why += "Keep such leaves out of params (in the model state), or mask them with "
+            raise TypeError(why + "optax.masked.")
         if not 0 < jnp.size(leaf) < 2**31:
-            raise ValueError(
-                f"Expected {where} to have between 1 and 2**31 - 1 entries, "
-                f"got shape {jnp.shape(leaf)}."
-            )
+            why = f"Expected {where} to have between 1 and 2**31 - 1 entries, got shape "
+            raise ValueError(why + f"{jnp.shape(leaf)}.")
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
 
 
@@ -141,13 +133,10 @@ def check_like(name: str, tree: Any, like: Any) -> None:
     """Raises ValueError unless ``tree`` has the structure and the shapes of ``like``."""
     got, want = jax.tree.structure(tree), jax.tree.structure(like)
     if got != want:
-        raise ValueError(
-            f"Expected {name} to have the structure of params.\n  {name}: {got}\n  params: {want}"
-        )
+        why = f"Expected {name} to have the structure of params.\n  {name}: {got}\n  params: {want}"
+        raise ValueError(why)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), reference in zip(leaves, jax.tree.leaves(like), strict=True):
         if jnp.shape(leaf) != jnp.shape(reference):
-            raise ValueError(
-                f"Expected {name}{jax.tree_util.keystr(path)} to have the shape of its parameter, "
-                f"{jnp.shape(reference)}, got {jnp.shape(leaf)}."
-            )
+            why = f"Expected {name}{jax.tree_util.keystr(path)} to have the shape of its "
+            raise ValueError(why + f"parameter, {jnp.shape(reference)}, got {jnp.shape(leaf)}.")

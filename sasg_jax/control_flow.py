@@ -93,13 +93,12 @@ def same_on_all(tree: PyTree) -> PyTree:
 @same_on_all.def_vmap
 def _same_on_all_rule(size, batched, tree):
     if any(jax.tree.leaves(batched)):
-        raise ValueError(
-            "Expected params and everything in the optimiser state after the sasg_jax "
-            "transformation to be the same on all workers, but a part depends on the worker. In "
-            "sasg_jax.pipeline or optax.chain, put what sees a worker's own gradients before the "
-            "sasg_jax transformation. What optax.masked keeps from it is a worker's own, too: "
-            "set that to zero, e.g. by optax.partition with optax.set_to_zero()."
-        )
+        why = "Expected params and everything in the optimiser state after the sasg_jax "
+        why += "transformation to be the same on all workers, but a part depends on the worker. In "
+        why += "sasg_jax.pipeline or optax.chain, put what sees a worker's own gradients before "
+        why += "the sasg_jax transformation. What optax.masked keeps from it is a worker's own, "
+        why += "too: set that to zero, e.g. by optax.partition with optax.set_to_zero()."
+        raise ValueError(why)
     return tree, batched[0]
 
 
@@ -120,13 +119,11 @@ def refuse_collectives(fn: Callable[..., PyTree], axis_name: str) -> Callable[..
     def checked(*args):
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
         if primitive := _find_collective(closed.jaxpr, axis_name):
-            raise ValueError(
-                f"Expected a loss without collectives over axis {axis_name!r}, found "
-                f"{primitive!r} (e.g. of BatchNorm(axis_name=...)), where not all workers evaluate "
-                "it at once: they would wait for each other for ever. Let each worker keep its "
-                "own statistics, or use a rule that does not compare, e.g. sasg_jax.always(), "
-                "without chunk_size."
-            )
+            why = f"Expected a loss without collectives over axis {axis_name!r}, found "
+            why += f"{primitive!r} (e.g. of BatchNorm(axis_name=...)), where not all workers "
+            why += "evaluate it at once: they would wait for each other for ever. Let each worker "
+            why += "keep its own statistics, or use a rule that does not compare, e.g. "
+            raise ValueError(why + "sasg_jax.always(), without chunk_size.")
         outputs = jaxpr_as_fun(closed)(*jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 

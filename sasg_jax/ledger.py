@@ -63,9 +63,8 @@ class Ledger:
         flags = self._flags("uploaded", uploaded)
         there = np.ones_like(flags) if present is None else self._flags("present", present)
         if flags.shape != there.shape:
-            raise ValueError(
-                f"Expected present to have the shape of uploaded, {flags.shape}, got {there.shape}."
-            )
+            why = f"Expected present to have the shape of uploaded, {flags.shape}, got "
+            raise ValueError(why + f"{there.shape}.")
         flags = flags if self._wire.flag_bytes else there
         for worker, uploads in enumerate(flags.sum(0)):
             self.uploads_by_worker[worker] += int(uploads)
@@ -79,10 +78,8 @@ class Ledger:
             value = multihost_utils.process_allgather(value, tiled=True)
         flags, workers = np.asarray(value), self._wire.num_workers
         if flags.dtype != np.bool_ or flags.ndim not in (1, 2) or flags.shape[-1] != workers:
-            raise ValueError(
-                f"Expected {name} to be of dtype bool and shape ({workers},) or (rounds, "
-                f"{workers}), got {flags.dtype} and {flags.shape}."
-            )
+            why = f"Expected {name} to be of dtype bool and shape ({workers},) or (rounds, "
+            raise ValueError(why + f"{workers}), got {flags.dtype} and {flags.shape}.")
         return flags.reshape(-1, workers)
 
     def _watch(self, flags: np.ndarray, there: np.ndarray) -> None:

@@ -111,20 +111,16 @@ def _refuse(node: PyTree) -> None:
     if isinstance(node, optax.MultiStepsState):
         raise ValueError(MULTI_STEPS)
     if isinstance(node, optax.ApplyIfFiniteState):
-        raise ValueError(
-            "Expected a transformation without optax.apply_if_finite around it: workers would skip "
-            "different steps and wait for each other for ever. A gradient that is not finite is "
-            "refused by sasg_jax itself."
-        )
+        why = "Expected a transformation without optax.apply_if_finite around it: workers would "
+        why += "skip different steps and wait for each other for ever. A gradient that is not "
+        raise ValueError(why + "finite is refused by sasg_jax itself.")
     if isinstance(node, optax.transforms.PartitionState):
         for label, inner in node.inner_states.items():
             if not _contains_ours(inner) and jax.tree.leaves(inner):
-                raise ValueError(
-                    f"Expected optax.partition to have no optimiser beside sasg_jax, got one for "
-                    f"label {label!r}: each worker would step there with its own gradient. Put the "
-                    "partition after: sasg_jax.pipeline(sasg_jax.aggregate(...), "
-                    "optax.partition(...))."
-                )
+                why = "Expected optax.partition to have no optimiser beside sasg_jax, got one for "
+                why += f"label {label!r}: each worker would step there with its own gradient. Put "
+                why += "the partition after: sasg_jax.pipeline(sasg_jax.aggregate(...), "
+                raise ValueError(why + "optax.partition(...)).")
 
 
 def _mark_chain(nodes: Any) -> list[PyTree]:

@@ -102,11 +102,9 @@ def find_state(opt_state: PyTree) -> AggregateState:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AggregateState))
     found = [node for node in nodes if isinstance(node, AggregateState)]
     if len(found) != 1:
-        raise ValueError(
-            "Expected the optimiser state to contain exactly one state of sasg_jax (made by "
-            f"sasg_jax.sasg, aggregate, ...), found {len(found)}. One transformation serves the "
-            "whole tree: put optax.partition and the like after it."
-        )
+        why = "Expected the optimiser state to contain exactly one state of sasg_jax (made by "
+        why += f"sasg_jax.sasg, aggregate, ...), found {len(found)}. One transformation serves the "
+        raise ValueError(why + "whole tree: put optax.partition and the like after it.")
     return found[0]
 
 

@@ -202,10 +202,8 @@ def _check_init(direction: Direction, driver: str, params, model_state, key) -> 
         raise ValueError(f"Expected model_state to {what}, as has_model_state={has}.")
     kinds = jax.sharding.get_abstract_mesh().axis_types
     if kinds and (driver == "vmap" or jax.sharding.AxisType.Explicit in kinds):
-        raise ValueError(
-            f"Expected no mesh of jax.set_mesh around a step with driver={driver!r}, which says "
-            f"itself where its arrays lie, got one with axes of {kinds}."
-        )
+        why = f"Expected no mesh of jax.set_mesh around a step with driver={driver!r}, which says "
+        raise ValueError(why + f"itself where its arrays lie, got one with axes of {kinds}.")
 
 
 def _check_batch(batch: PyTree, num_workers: int, steps: int | None) -> None:
@@ -213,10 +211,8 @@ def _check_batch(batch: PyTree, num_workers: int, steps: int | None) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if jnp.shape(leaf)[: len(leading)] != leading:
             rest = "" if steps is None else f", and then one of steps={steps}"
-            raise ValueError(
-                f"Expected batch{jax.tree_util.keystr(path)} to have a leading axis of "
-                f"num_workers={num_workers}{rest}, got shape {jnp.shape(leaf)}."
-            )
+            why = f"Expected batch{jax.tree_util.keystr(path)} to have a leading axis of "
+            raise ValueError(why + f"num_workers={num_workers}{rest}, got shape {jnp.shape(leaf)}.")
 
 
 def _is_tied(x: Any) -> bool:
@@ -260,11 +256,9 @@ def _check_same_everywhere(tree: PyTree, mesh: Mesh) -> None:
     processes = np.array([device.process_index for device in devices])
     others = sorted(set(processes[(rows != rows[0]).any(1)].tolist()))
     if others:
-        raise ValueError(
-            "Expected params, model_state and key to be the same in all processes, but those of "
-            f"process {', '.join(map(str, others))} differ from those of process {processes[0]}. "
-            "Initialise them from the same seed."
-        )
+        why = "Expected params, model_state and key to be the same in all processes, but those of "
+        why += f"process {', '.join(map(str, others))} differ from those of process "
+        raise ValueError(why + f"{processes[0]}. Initialise them from the same seed.")
 
 
 def _check_devices(driver: str, devices: Any, num_workers: int) -> Sequence[Any]:
@@ -275,9 +269,8 @@ def _check_devices(driver: str, devices: Any, num_workers: int) -> Sequence[Any]
     require(driver != "pmap" or alone, "driver", driver, allowed)
     given = jax.devices()[:num_workers] if devices is None else list(devices)
     if len(given) != num_workers:
-        raise ValueError(
-            f"Expected one device for each of num_workers={num_workers}, got {len(given)}. On the "
-            "CPU, set the environment variable "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={num_workers} before starting."
-        )
+        why = f"Expected one device for each of num_workers={num_workers}, got {len(given)}. On "
+        why += "the CPU, set the environment variable "
+        why += f"XLA_FLAGS=--xla_force_host_platform_device_count={num_workers} before starting."
+        raise ValueError(why)
     return given

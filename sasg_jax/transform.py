@@ -111,10 +111,8 @@ def pipeline(*transformations: optax.GradientTransformation) -> Transformation:
         )"""
     places = [i for i, tx in enumerate(transformations) if isinstance(tx, Transformation)]
     if len(places) != 1:
-        raise ValueError(
-            "Expected transformations to contain exactly one of sasg_jax (aggregate, sasg, ...), "
-            f"got {len(places)}."
-        )
+        why = "Expected transformations to contain exactly one of sasg_jax (aggregate, sasg, ...), "
+        raise ValueError(why + f"got {len(places)}.")
     (place,) = places
     ours: Any = transformations[place]
     # optax.chain() of nothing is an error.
@@ -232,10 +230,8 @@ def _transformation(method, init, worker_part, server_part, find_ours) -> Transf
 
 def _check_kind(state: Any, kind: type) -> None:
     if not isinstance(state, kind):
-        raise ValueError(
-            f"Expected a state that this optimiser has made, {kind.__name__}, got one of "
-            f"{type(state).__name__}. Make a state with tx.init."
-        )
+        why = f"Expected a state that this optimiser has made, {kind.__name__}, got one of "
+        raise ValueError(why + f"{type(state).__name__}. Make a state with tx.init.")
 
 
 def _check_state(method: Method, state: Any) -> None:
@@ -243,19 +239,16 @@ def _check_state(method: Method, state: Any) -> None:
     made_for = dict(state.wire.method)
     for name, value in method.settings:
         if made_for.get(name) != value:
-            raise ValueError(
-                f"Expected a state that this optimiser has made: it has {name}={value}, and the "
-                f"state is of one with {name}={made_for.get(name)}. Make a state with tx.init."
-            )
+            why = f"Expected a state that this optimiser has made: it has {name}={value}, and the "
+            why += f"state is of one with {name}={made_for.get(name)}. Make a state with tx.init."
+            raise ValueError(why)
 
 
 def check_present(present: Any, num_workers: int) -> jax.Array | None:
     present = None if present is None else jnp.asarray(present)
     if present is not None and (present.shape, present.dtype) != ((num_workers,), jnp.bool_):
-        raise ValueError(
-            f"Expected present to be of dtype bool and shape ({num_workers},), the same on all "
-            f"workers, got {present.dtype} and {present.shape}."
-        )
+        why = f"Expected present to be of dtype bool and shape ({num_workers},), the same on all "
+        raise ValueError(why + f"workers, got {present.dtype} and {present.shape}.")
     return present
 
 
@@ -267,7 +260,5 @@ def _check_not_summed(grads: PyTree, axis_name: str) -> None:
     check_vma=True, that with respect to replicated parameters does not vary over the axis."""
     varies = lambda x: axis_name in jax.typeof(x).manual_axis_type.varying
     if varies(lax.axis_index(axis_name)) and not all(map(varies, jax.tree.leaves(grads))):
-        raise ValueError(
-            "Expected grads to be this worker's own, got gradients that jax.shard_map has summed "
-            f"over axis {axis_name!r}. Pass check_vma=False to jax.shard_map."
-        )
+        why = "Expected grads to be this worker's own, got gradients that jax.shard_map has summed "
+        raise ValueError(why + f"over axis {axis_name!r}. Pass check_vma=False to jax.shard_map.")

@@ -144,7 +144,5 @@ def worker_half_with_mean(
 
 
 def _missing(params: PyTree) -> PyTree:
-    raise TypeError(
-        "update() of this upload rule needs grad_fn=..., a function of the parameters that "
-        "evaluates the gradient on the same batch with the same randomness"
-    )
+    why = "update() of this upload rule needs grad_fn=..., a function of the parameters that "
+    raise TypeError(why + "evaluates the gradient on the same batch with the same randomness")

@@ -119,10 +119,9 @@ def _concatenate(tree: PyTree) -> list[jax.Array]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         total += leaf.size
         if total >= 2**31:
-            raise ValueError(
-                "Expected params to have fewer than 2**31 entries in all for top_k(scope='tree'): "
-                f"params{jax.tree_util.keystr(path)} takes them to {total}. Use scope='tensor'."
-            )
+            why = "Expected params to have fewer than 2**31 entries in all for "
+            why += f"top_k(scope='tree'): params{jax.tree_util.keystr(path)} takes them to "
+            raise ValueError(why + f"{total}. Use scope='tensor'.")
     vectors = _flatten_each(tree)
     if not vectors:
         return []
