@@ -114,7 +114,6 @@ def test_results_of_other_options_are_not_gone_on_with(done):
             "Expected concentration=0.001 to leave each of num_workers=40 an example",
         ),
         ("--num-processes 2", "A run over several processes also needs --coordinator and --proc"),
-        ("--distributed", "No scheduler says where the processes meet: coordinator_address"),
         ("--coordinator host --num-processes 2 --process-id 0", "Expected --coordinator=host to b"),
         ("--coordinator a:1 --num-processes 2 --process-id 2", "Expected --process-id=2 from 0 to"),
         ("--coordinator a:1 --num-processes 0 --process-id 0", "Expected --num-processes=0 to be"),
