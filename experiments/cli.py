@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import importlib
 import os
 import pathlib
 import shlex
@@ -20,13 +21,6 @@ def _parse(options: type, given: Sequence[str]) -> Any:
     return tyro.cli(options, prog=f"python -m experiments {given[0]}", args=given[1:])
 
 
-def _make(out: pathlib.Path) -> pathlib.Path:
-    """Makes a folder for results, so that none is missed only after hours of work."""
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-    return out
-
-
 def _train(given: Sequence[str]) -> None:
     from experiments import options
 
@@ -36,12 +30,28 @@ def _train(given: Sequence[str]) -> None:
     command.work(parsed, given)
 
 
-def _reproduce(given: Sequence[str]) -> None:
-    from experiments.studies import reproduce
+_STUDIES = {
+    "reproduce": "studies.reproduce",
+    "estimate": "studies.estimate",
+    "bench": "studies.bench",
+    "wire": "wire.measure",
+}
 
-    options = _parse(reproduce.Reproduce, given)
-    with resumable(given, _make(options.out)):
-        reproduce.work(options, given)
+
+def _study(given: Sequence[str]) -> None:
+    """What a module does, whose options are called like the command."""
+    module = importlib.import_module(f"experiments.{_STUDIES[given[0]]}")
+    options = _parse(getattr(module, given[0].capitalize()), given)
+    if given[0] == "wire" and options.out is None:
+        options.out = pathlib.Path("results") / f"wire-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    with contextlib.ExitStack() as stack:
+        if options.out is not None:
+            # At once, so that a folder that cannot be is not missed after hours of work.
+            options.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.out).close()
+            if given[0] != "bench":  # which measures all anew
+                stack.enter_context(resumable(given, options.out))
+        module.work(options, given)
 
 
 def _report(given: Sequence[str]) -> None:
@@ -51,32 +61,6 @@ def _report(given: Sequence[str]) -> None:
     from experiments.report import build
 
     print(f"Report: {build.write_report(options.directory)}")
-
-
-def _estimate(given: Sequence[str]) -> None:
-    from experiments.studies import estimate
-
-    options = _parse(estimate.Estimate, given)
-    with resumable(given, _make(options.out)) if options.out else contextlib.nullcontext():
-        estimate.work(options, given)
-
-
-def _bench(given: Sequence[str]) -> None:
-    from experiments.studies import bench
-
-    options = _parse(bench.Bench, given)
-    _make(options.out)
-    bench.work(options, given)
-
-
-def _wire(given: Sequence[str]) -> None:
-    from experiments.wire import measure
-
-    options = _parse(measure.Wire, given)
-    now = datetime.datetime.now()
-    options.out = options.out or pathlib.Path("results") / f"wire-{now:%Y%m%d-%H%M%S}"
-    with resumable(given, _make(options.out)):
-        measure.work(options, given)
 
 
 def _launch(given: Sequence[str]) -> None:
@@ -107,11 +91,11 @@ def _launch(given: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "compare": (_train, "train several methods on the same data, and say what each needs"),
     "run": (_train, "train one method once"),
-    "reproduce": (_reproduce, "make what is behind the paper's tables and figures"),
+    "reproduce": (_study, "make what is behind the paper's tables and figures"),
     "report": (_report, "make a page of what `reproduce` has left, beside what the paper says"),
-    "estimate": (_estimate, "say how long the paper's ResNet18 takes on this machine"),
-    "bench": (_bench, "time the library beside the least that there is to do"),
-    "wire": (_wire, "measure bytes and times of rounds on a network of several hosts"),
+    "estimate": (_study, "say how long the paper's ResNet18 takes on this machine"),
+    "bench": (_study, "time the library beside the least that there is to do"),
+    "wire": (_study, "measure bytes and times of rounds on a network of several hosts"),
     "launch": (_launch, "start `run` or `compare` in several processes on this machine"),
 }
 

@@ -39,8 +39,11 @@ def work(options: Options, arguments: Sequence[str]) -> None:
     if place is None:
         _train(options, None, arguments)
         return
-    with cluster.join(*place, _purpose(options), options.connect_timeout) as group:
-        _train(options, group, arguments)
+    try:
+        with cluster.join(*place, _purpose(options), options.connect_timeout) as group:
+            _train(options, group, arguments)
+    except ValueError as error:  # of jax: one in the block has ended this process
+        raise ValueError(f"No scheduler says where the processes meet: {error}") from error
 
 
 def check(options: Options, devices: int | None = None) -> None:

@@ -86,11 +86,7 @@ def at_target(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, An
     first = next((point for point in curve if point["test_accuracy"] >= target), {})
     names = "uploads paper_uplink_bits uplink_bytes downlink_bytes".split()
     reached = {f"{name}_at_target": first.get(name) for name in names}
-    return {
-        "target_accuracy": target,
-        "iterations_at_target": first.get("iteration"),
-        **reached,
-    }
+    return {"target_accuracy": target, "iterations_at_target": first.get("iteration"), **reached}
 
 
 class ResultsError(RuntimeError):
@@ -151,7 +147,6 @@ class RunFiles:
         self.curve_path = directory / "curve.jsonl"
         self._about_path = directory / "run.json"
         self._record_path = directory / "record.json"
-        self._lock = filelock.FileLock(directory / "lock", timeout=0)
 
     @property
     def name(self) -> str:
@@ -173,7 +168,11 @@ class RunFiles:
         """
         if not self._about_path.exists():
             return
-        there, here = _flat(self.about()), _flat(_as_json(spec))
+        from flax import traverse_util  # whose import takes a second
+
+        there, here = (
+            traverse_util.flatten_dict(tree, sep=".") for tree in (self.about(), _as_json(spec))
+        )
         del there["sessions"]
         different = [
             f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
@@ -204,18 +203,15 @@ class RunFiles:
           ResultsError: the folder holds another run, or another process is at work on it.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise ResultsError(f"Another process is at work on {self.directory}.") from None
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(filelock.FileLock(self.directory / "lock", timeout=0))
+            except filelock.Timeout:
+                raise ResultsError(f"Another process is at work on {self.directory}.") from None
             self.check(spec)
             if not self._about_path.exists():
                 write_json(self._about_path, {**spec, "sessions": []})
-            self._drop_torn_line()
             yield
-        finally:
-            self._lock.release()
 
     def add_session(self, session: Mapping[str, Any]) -> None:
         """Adds where, when and from which round the run is made."""
@@ -231,28 +227,23 @@ class RunFiles:
         Raises:
           ResultsError: it does not.
         """
-        for earlier in reversed(self.curve()):
-            if earlier["iteration"] < point.iteration:
-                break
-            if earlier["iteration"] == point.iteration:
-                if earlier != _as_json(dataclasses.asdict(point)):
-                    raise ResultsError(
-                        f"Round {point.iteration:,} of {self.directory} did not come again as it "
-                        "was before the run was stopped. Is this another machine, or another "
-                        "version of jax? Choose another --out."
-                    )
-                return
-        with self.curve_path.open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(point)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        curve, new = self.curve(), _as_json(dataclasses.asdict(point))
+        if new in curve:
+            return
+        if any(earlier["iteration"] == point.iteration for earlier in curve):
+            raise ResultsError(
+                f"Round {point.iteration:,} of {self.directory} did not come again as it was "
+                "before the run was stopped. Is this another machine, or another version of jax? "
+                "Choose another --out."
+            )
+        _write(self.curve_path, "".join(json.dumps(point) + "\n" for point in [*curve, new]))
 
     def curve(self) -> list[dict[str, Any]]:
         """The points of the curve so far."""
         if not self.curve_path.exists():
             return []
-        whole, _, _ = self.curve_path.read_text().rpartition("\n")
-        return [_checked(self.curve_path, line, _FIELDS[Point]) for line in whole.splitlines()]
+        lines = self.curve_path.read_text().splitlines()
+        return [_checked(self.curve_path, line, _FIELDS[Point]) for line in lines]
 
     def record(self) -> dict[str, Any] | None:
         """The outcome; None while the run is not done."""
@@ -268,12 +259,6 @@ class RunFiles:
             self._record_path, {**dataclasses.asdict(record), **at_target(self.curve(), target)}
         )
         shutil.rmtree(self.checkpoints_path, ignore_errors=True)
-
-    def _drop_torn_line(self) -> None:
-        """Removes the end of a line that a process was writing as it died."""
-        if self.curve_path.exists():
-            text = self.curve_path.read_bytes()
-            os.truncate(self.curve_path, text.rfind(b"\n") + 1)
 
 
 def read_json(path: pathlib.Path, fields: str) -> dict[str, Any]:
@@ -299,9 +284,16 @@ def _checked(path: pathlib.Path, text: str, fields: Sequence[str]) -> dict[str, 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a file that is whole at any moment."""
+    _write(path, json.dumps(content, indent=1) + "\n")
+
+
+def _write(path: pathlib.Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -335,13 +327,3 @@ def _order(about: dict[str, Any]) -> tuple[Any, ...]:
 def _as_json(content: Any) -> Any:
     """As it comes back from a file: lists for tuples, and so on."""
     return json.loads(json.dumps(content))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -193,6 +193,14 @@ def test_a_schedulers_processes_are_found(tmp_path):
 
 
 @pytest.mark.processes
+def test_that_there_is_no_scheduler_is_said(tmp_path):
+    with started(*"run digits --distributed --out".split(), tmp_path) as process:
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.startswith("error: No scheduler says where the processes meet: ")
+
+
+@pytest.mark.processes
 def test_a_failure_of_one_is_told_by_all(tmp_path):
     (tmp_path / "file").write_text("")
     with started(*"launch -- run digits --out".split(), tmp_path / "file" / "out") as launcher:

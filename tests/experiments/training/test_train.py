@@ -211,7 +211,6 @@ def test_one_by_one_is_the_same_run_up_to_rounding(digits, changes):
         assert point.uploads == other.uploads
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", PAPER_METHODS)
 def test_every_method_learns_the_digits(digits, method):
     config = dataclasses.replace(CONFIGS["digits"], iterations=600)
