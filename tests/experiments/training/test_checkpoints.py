@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from experiments import data
 from experiments.configs import CONFIGS
 from experiments.training import train as training
 from experiments.training.checkpoints import Checkpoints, Progress, save_params
-from experiments.training.records import ResultsError, RunFiles
+from experiments.training.records import RunFiles
 
 
 def state_of(scale):
@@ -151,24 +150,37 @@ def test_the_remains_of_half_a_checkpoint_are_not_taken_for_one(tmp_path):
     assert restored[1].iteration == 100
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore
+READER = """
+import pathlib, sys
+import jax.numpy as jnp
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.records import ResultsError
+for name in sys.argv[1:]:
+    with Checkpoints(pathlib.Path(name)) as checkpoints:
+        try:
+            checkpoints.restore([jnp.zeros(7), jnp.zeros(3, jnp.int32)])
+        except ResultsError as error:  # not all files are needed
+            print(error)
+"""
+
+
 def test_one_that_is_broken_is_named(tmp_path):
+    """In a process of its own: a reader that met a broken file leaves coroutines behind, which warn
+    when they are collected, whichever test that may be in."""
     with Checkpoints(tmp_path / "whole") as checkpoints:
-        checkpoints.save(state_of(1), progress_of(100))
-    said = []
-    for number, path in enumerate(sorted(tmp_path.glob("whole/100/**/*"))):
+        checkpoints.save([jnp.ones(7), jnp.ones(3, jnp.int32)], progress_of(100))
+    torn = []
+    for path in sorted(tmp_path.glob("whole/100/**/*")):
         if path.is_file():
-            torn = tmp_path / str(number)
-            shutil.copytree(tmp_path / "whole", torn)
-            (torn / path.relative_to(tmp_path / "whole")).write_bytes(b"")
-            with Checkpoints(torn) as checkpoints:
-                try:
-                    checkpoints.restore(state_of(0))  # not all of its files are needed
-                except ResultsError as error:
-                    said.append(str(error).removeprefix(str(torn)))
-    gc.collect()  # what it has left warns here, and not in another test
+            torn.append(tmp_path / f"torn{len(torn)}")
+            shutil.copytree(tmp_path / "whole", torn[-1])
+            (torn[-1] / path.relative_to(tmp_path / "whole")).write_bytes(b"")
+    command = [sys.executable, "-c", READER, *map(str, torn)]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
+    named = [f"{folder}/100 is broken; without it the run begins anew." for folder in torn]
+    assert said.pop() == ""
     assert len(said) > 2
-    assert set(said) == {"/100 is broken; without it the run begins anew."}
+    assert set(said) <= set(named)
 
 
 # --- Whole runs -----------------------------------------------------------------------------------
