@@ -35,6 +35,17 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """All tests of every day are shared out between processes, file by file. One file is not worth
+    their start, and what has processes of its own or looks at the clock has the machine to itself.
+    """
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(os.cpu_count() or 1, 8) if everything and config.option.markexpr == _DAILY else 0
+
+
+_DAILY = "not (processes or network or browser or datasets or slow or gpu)"  # as in pyproject.toml
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_code():
     """Compiled code is rarely of use to another module; keeping it only takes memory."""

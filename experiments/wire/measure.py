@@ -170,8 +170,8 @@ class Measurement:
     kernel_total: float  # sent by all hosts in a round
     round_ms: float | None  # median of whole rounds, from the common start to the last end
     communication_ms: float  # median of the exchange alone, with the same workers uploading
-    worker_state_bytes: int  # residual, stale parameters and counters of one worker
-    server_state_bytes: int  # last messages, history and residual of the way down, on each device
+    worker_state_bytes: int  # residual, past parameters and counters of one worker
+    server_state_bytes: int  # last messages and the residual of the way down, on each device
     by_round: list[dict[str, Any]]  # who uploaded, and the kernel's bytes of each host
 
     def of_a_worker(self, by_host: Sequence[float]) -> float:

@@ -86,8 +86,9 @@ class Host:
             opt_state = tx.init(self._variables()["params"])
         state = find_state(opt_state)
         return {
-            "worker": _local_bytes(state.worker),
-            "server": _local_bytes(state.server),
+            # What the rule keeps of past parameters and steps is the same on every worker.
+            "worker": _local_bytes((state.worker, state.server.rule)),
+            "server": _local_bytes(state.server._replace(rule=())),
             "ledger": sasg_jax.Ledger(opt_state).to_dict(),
         }
 
