@@ -147,8 +147,7 @@ def make_train_step(
 
     def mapped_step(state, batch, present=None):
         arguments = state, batch, present
-        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(arguments))
-        known = jax.tree.structure(arguments), shapes
+        known = jax.tree.structure(arguments), tuple(map(jnp.shape, jax.tree.leaves(arguments)))
         if known not in mapped:
             check(*arguments)
             how = {"devices": devices, "axis_name": axis_name, "donate": donate}
@@ -269,8 +268,7 @@ def _check_devices(driver: str, devices: Any, num_workers: int) -> Sequence[Any]
     require(driver != "pmap" or alone, "driver", driver, allowed)
     given = jax.devices()[:num_workers] if devices is None else list(devices)
     if len(given) != num_workers:
-        why = f"Expected one device for each of num_workers={num_workers}, got {len(given)}. On "
-        why += "the CPU, set the environment variable "
-        why += f"XLA_FLAGS=--xla_force_host_platform_device_count={num_workers} before starting."
-        raise ValueError(why)
+        why = f"Expected one device for each of num_workers={num_workers}, got {len(given)}. On CPU"
+        flag = f"--xla_force_host_platform_device_count={num_workers}"
+        raise ValueError(why + f", start with XLA_FLAGS={flag} in the environment.")
     return given

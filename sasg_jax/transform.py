@@ -204,8 +204,7 @@ def _transformation(method, init, worker_part, server_part, find_ours) -> Transf
         if _return_at_ours:
             raise Arrived(updates)
         if params is None:
-            why = "Expected params to be passed to update(grads, state, params), got None."
-            raise ValueError(why)
+            raise ValueError("Expected params in update(grads, state, params), got None.")
         params = as_params(params)
         check_mapped_axis(axis_name, method.num_workers)
         _check_not_summed(updates, axis_name)

@@ -396,7 +396,7 @@ def test_trains_a_flax_nnx_model():
         ({"devices": [0] * M}, r"Expected devices=.* to be None for driver='vmap'\.$"),
         (
             {"driver": "shard_map", "num_workers": 9},
-            r"^Expected one device for each of num_workers=9, got 8\..*device_count=9 before",
+            r"^Expected one device for each of num_workers=9, got 8\..*device_count=9 in",
         ),
         ({"driver": "pmap", "devices": [0, 1]}, r"num_workers=4, got 2\."),
         ({"driver": "shard_map", "chunk_size": 2}, "^Expected chunk_size=2 to be None for driver="),

@@ -172,7 +172,7 @@ def test_parameter_that_cannot_be_trained_is_named(leaf, error, message):
 
 
 def test_params_must_be_passed():
-    with pytest.raises(ValueError, match=r"^Expected params to be passed to update\("):
+    with pytest.raises(ValueError, match=r"^Expected params in update\("):
         _trace(sasg_jax.sasg(0.1, num_workers=M), params=None)
 
 

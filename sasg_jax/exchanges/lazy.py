@@ -1,5 +1,7 @@
 """``lazy``: only uploads, to all workers; every worker plays the server."""
 
+import bisect
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -13,6 +15,7 @@ def _lazy_rows(words, flags, axis_name):
     if flags is None:
         return gather_rows(words, None, axis_name)
     size, worker = flags.size, lax.axis_index(axis_name)
+    counts = jnp.asarray([0, *_slot_counts(size)])
     slot_of_worker = jnp.cumsum(flags) - 1
 
     def through_slots(count):
@@ -26,20 +29,26 @@ def _lazy_rows(words, flags, axis_name):
         return rows
 
     branches = [lambda: no_rows(words, size)]
-    branches += [through_slots(count) for count in range(1, _most_slots(size) + 1)]
+    branches += [through_slots(count) for count in _slot_counts(size)]
     branches += [lambda: lax.all_gather(words, axis_name)]
-    return lax.switch(jnp.minimum(flags.sum(), len(branches) - 1), branches)
+    return lax.switch(jnp.searchsorted(counts, flags.sum()), branches)
 
 
-# The largest number of uploads for which a sum of slots moves less than a gather: a sum over M
-# workers sends 2 (M-1)/M slots for each slot, and a gather sends M-1 messages.
-_most_slots = lambda num_workers: (num_workers - 1) // 2
+def _slot_counts(num_workers: int) -> list[int]:
+    """Slots of the branches, of which the first that holds all uploads is taken: while a sum (2
+    (M-1)/M messages a slot) moves less than a gather (M-1). Few: branches take time to compile."""
+    most = (num_workers - 1) // 2
+    counts = list(range(1, min(most, 16) + 1))
+    while counts and counts[-1] < most:
+        counts.append(min(most, counts[-1] * 9 // 8))
+    return counts
 
 
 def _links(traffic):
     size, rounds = len(traffic.uploads_by_worker), traffic.rounds_by_uploads
-    most = _most_slots(size)
-    slots = sum(count * rounds for count, rounds in enumerate(rounds[: most + 1]))
+    counts = [0, *_slot_counts(size)]
+    most = counts[-1]
+    slots = sum(counts[bisect.bisect_left(counts, u)] * rounds[u] for u in range(most + 1))
     # A ring sum sends every part of the vector twice, but for the parts that start and end there.
     moved = 2 * slots * traffic.upload_bytes * (size - 1) // size
     moved += sum(rounds[most + 1 :]) * (size - 1) * traffic.upload_bytes
