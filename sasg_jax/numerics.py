@@ -10,9 +10,8 @@ import optax
 PyTree = Any
 
 LARGEST_RATE = 1e6
-"""A learning rate within this and a gradient whose squares are finite do not take a residual out of
-range: their product is less than half of the distance between the two largest numbers of 32 bits
-(and of bfloat16)."""
+"""A rate within this and a gradient whose squares are finite do not take a residual out of range:
+their product is below half of the distance between the largest two float32 (and bfloat16)."""
 
 
 def wide(dtype: Any) -> Any:

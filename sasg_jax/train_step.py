@@ -118,16 +118,17 @@ def make_train_step(
 
     def init(params: PyTree, model_state: PyTree = (), key: jax.Array | None = None) -> TrainState:
         _check_init(direction, driver, params, model_state, key)
-        # A model may have none.
         given = _checks.as_params(params), model_state if direction.has_model_state else (), key
 
         def make(params, model_state, key):
             own = model_state, direction.init(params)
-            model_state, own = jax.tree.map(for_each_worker(num_workers), own)
-            opt_state = stack_workers(tx.init(params), num_workers)
+            stacked = jax.tree.map(for_each_worker(num_workers), own)
             keys = () if key is None else jax.random.split(key, num_workers)
-            state = TrainState(params, opt_state, model_state, keys, own)
-            return jax.tree.map(jnp.copy, state)  # the step donates them
+            opt_state = stack_workers(tx.init(params), num_workers)
+            state = TrainState(params, opt_state, stacked[0], keys, stacked[1])
+            # The step donates them. What has just been stacked is nobody else's.
+            copy = lambda own, part: part if own else jax.tree.map(jnp.copy, part)
+            return jax.tree.map(copy, drivers.owners(state), state)
 
         if mesh is None:
             return make(*jax.tree.map(_on_one_device, given))

@@ -116,7 +116,7 @@ def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
     elif sound is None:
         sound = jnp.isfinite(squared_norm(direction))
     if rate is not None:
-        sound &= rate <= LARGEST_RATE
+        sound &= jnp.abs(rate) <= LARGEST_RATE
     look = lambda: all_finite(method.feedback.before(scale(rate, direction), memory))
     return jax.lax.cond(for_all(sound | ~acts), lambda: jnp.asarray(True), look)
 

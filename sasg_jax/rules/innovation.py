@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sasg_jax._checks import check_bool, check_int, is_real, require
-from sasg_jax.control_flow import for_all
+from sasg_jax.control_flow import for_all, zero_after
 from sasg_jax.numerics import PyTree, squared_distance, squared_distance_if_sound
 from sasg_jax.rules.base import Decision, Round, Rule, View
 from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
@@ -74,10 +74,9 @@ def innovation(
     own = lambda params, rate: StaleParams(() if share_stale_params else params, rate)
 
     def init_shared(params):
-        zeros, recent = jnp.zeros(history, jnp.float32), ()
-        if has_recent:
-            params, recent = (), init_recent(params, max_staleness)
-        return StepHistory(zeros, zeros, params, recent)
+        zeros = jnp.zeros(history, jnp.float32)
+        kept = ((), init_recent(params, max_staleness)) if has_recent else (params, ())
+        return StepHistory(zeros, zeros, *kept)
 
     def begin(shared: StepHistory, round: Round):
         previous = shared.previous_params
@@ -113,7 +112,9 @@ def innovation(
         return own(params, rate.astype(jnp.float32))
 
     def end(shared: StepHistory, round: Round):
-        recent = write_recent(shared.recent_params, round.params, round.number)
+        # Written after the newest is read for the threshold: else the compiler copies them all.
+        now = round.number + zero_after(shared.history)
+        recent = write_recent(shared.recent_params, round.params, now)
         step_weights = weights(alpha, round.learning_rate, history)
         return StepHistory(shared.history, step_weights, () if has_recent else round.params, recent)
 
@@ -138,8 +139,7 @@ def released_alpha(c: float, num_workers: int) -> AlphaFn:
     >>> released_alpha(0.5, num_workers=10)(0.05)
     100.0
     """
-    is_right = is_real(c) and math.isfinite(c) and c >= 0
-    require(is_right, "c", c, "to be a finite number of at least 0")
+    require(is_real(c) and 0 <= c < math.inf, "c", c, "to be a finite number of at least 0")
     num_workers = check_int("num_workers", num_workers, minimum=1)
     return lambda learning_rate: c * num_workers / learning_rate
 
@@ -164,8 +164,8 @@ def _check_alpha(alpha: Any, history: int) -> None:
     allowed = "to be a number, a sequence of numbers, or a function of the learning rate"
     require(values.dtype.kind in "iuf", "alpha", alpha, allowed)
     _check_alpha_shape(alpha, values.shape, history)
-    is_right = np.isfinite(values).all() and (values >= 0).all()
-    require(is_right, "alpha", alpha, "to be finite and at least 0")
+    is_right = (values >= 0) & (values < np.inf)
+    require(is_right.all(), "alpha", alpha, "to be finite and at least 0")
 
 
 def _check_alpha_shape(alpha: Any, shape: tuple[int, ...], history: int) -> None:
