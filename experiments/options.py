@@ -38,70 +38,52 @@ class Options:
     """The experiment: which data, model and settings. `digits` needs no download and a minute;
     `mnist_fc` is the paper's setting for MNIST (784-512-10); the ResNet18 ones want a GPU, but for
     the narrow ones."""
-
     iterations: Annotated[int | None, optional("INT")] = None
     """Training rounds."""
-
     num_workers: Annotated[int | None, optional("INT")] = None
     """How many workers compute gradients. Over several processes there is one for each device."""
-
     exchange: Annotated[ExchangeName | None, optional("|".join(EXCHANGES), "the method's")] = None
     """How messages travel between workers and server. Not every method can take every one."""
-
     dataset: Annotated[str | None, optional("NAME")] = None
     """`digits` or the name of an image classification set of tensorflow-datasets; several joined by
     `+` (`cifar10+mnist`) go to the workers in turn."""
-
     partition: Annotated[Literal["iid", "dirichlet"] | None, optional("iid|dirichlet")] = None
     """How training images are dealt to workers: evenly at random, or with skewed labels."""
-
     concentration: Annotated[float | None, optional("FLOAT")] = None
     """Of the Dirichlet distribution of labels over workers; smaller is more skewed."""
-
     width: Annotated[int | None, optional("INT")] = None
     """Hidden units of the fully connected network, or channels of the ResNet18's first stage (64 in
     the paper; 8 is small enough for a CPU)."""
-
     density: Annotated[float | None, optional("FLOAT")] = None
     """Part of the entries that the sparse methods send, in (0, 1]."""
-
     data_dir: Annotated[pathlib.Path | None, optional("DIR", "~/tensorflow_datasets")] = None
     """Where tensorflow-datasets keeps prepared data."""
-
     archives: Annotated[pathlib.Path | None, optional("DIR", "download them")] = None
     """A folder with the original archives of the data set (in it, or in a subfolder named like the
     set), to prepare it from without a network."""
-
     out: Annotated[pathlib.Path | None, optional("DIR", "results/CONFIG-DATE-TIME")] = None
     """Where results go; nothing there is overwritten. The same command again skips what is done
     there and goes on with what was stopped. (Several processes must all see the folder.)"""
-
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print plain lines, and no progress bars."""
-
     checkpoint_seconds: float = 60
     """Time between two checkpoints, from which a run that was stopped goes on."""
-
     coordinator: Annotated[str | None, optional("HOST:PORT", ADDRESS)] = dataclasses.field(
         default_factory=lambda: os.environ.get(ADDRESS)
     )
     """To run over several processes, which you start yourself, all with the same command: where
     they meet, a free port on the host of process 0. (On one machine, `launch` starts them.) The
     defaults of these three are environment variables."""
-
     num_processes: Annotated[int | None, optional("INT", COUNT)] = dataclasses.field(
         default_factory=lambda: _number(COUNT)
     )
     """How many processes there are."""
-
     process_id: Annotated[int | None, optional("INT", INDEX)] = dataclasses.field(
         default_factory=lambda: _number(INDEX)
     )
     """Which of them this is, from 0. Process 0 prints and writes."""
-
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run over the processes that SLURM, Open MPI or another scheduler known to JAX has started."""
-
     connect_timeout: float = 60
     """Seconds to wait for the other processes at the start."""
 
@@ -124,7 +106,6 @@ class Compare(Options):
 
     methods: tuple[MethodName, ...] = PAPER_METHODS
     """Which methods to train."""
-
     seeds: tuple[int, ...] = (1,)
     """One run of every method for each seed."""
 
@@ -135,7 +116,6 @@ class Run(Options):
 
     method: MethodName = "sasg"
     """Which method to train."""
-
     seed: int = 1
     """Of the initial parameters, the data order and the augmentation."""
 
@@ -159,10 +139,8 @@ class Launch:
         tyro.conf.arg(metavar="-- run|compare ...", help_behavior_hint=""),
     ] = ()
     """What to run, after `--`."""
-
     processes: int = 2
     """How many processes to start."""
-
     devices_per_process: int = 1
     """How many devices, and so workers, each of them has."""
 

@@ -30,14 +30,11 @@ class Estimate:
 
     config: tyro.conf.Positional[Literal["cifar10_resnet18", "cifar100_resnet18"]]
     """The setting: the paper's ResNet18, with 10 or 100 classes."""
-
     methods: tuple[MethodName, ...] = PAPER_METHODS
     """Which methods."""
-
     rounds: int = 20
     """How many rounds to make; the last ten are timed. More than ten: in the first ten (D) rounds
     everybody uploads, whatever the gradients, and half of the work is saved."""
-
     out: pathlib.Path | None = None
     """A folder for a file in JSON for each method; none is written by default."""
 

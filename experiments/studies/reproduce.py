@@ -38,26 +38,19 @@ class Reproduce:
     uploads; `figure3` and `table3`: time of communication, on a test network; `figure4`: densities
     of 0.1 %, 1 %, 5 % and 10 %; `figure5`: workers with different data; `theory`: the lemmas and
     rates as numbers; `estimates`: how long the full ResNet18 would take here."""
-
     out: pathlib.Path = pathlib.Path("results/paper")
     """Where results go."""
-
     configs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")] = ()
     """Only the runs of these experiments, e.g. `mnist_fc`."""
-
     seeds: tuple[int, ...] = ()
     """Only the runs with these seeds."""
-
     data_dir: pathlib.Path | None = None
     """Where tensorflow-datasets keeps prepared data."""
-
     archives: pathlib.Path | None = None
     """A folder with the original archives of the data sets, to prepare them from without a
     network."""
-
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print plain lines, and no progress bars."""
-
     checkpoint_seconds: float = 60
     """Time between two checkpoints, from which a run that was stopped goes on."""
 

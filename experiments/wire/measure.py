@@ -42,39 +42,28 @@ class Wire:
 
     config: tyro.conf.Positional[Literal["mnist_fc", "cifar10_resnet18"]] = "mnist_fc"
     """Which model and settings."""
-
     hosts: int = 4
     """How many hosts, with one worker each."""
-
     rate: str = "1gbit"
     """Of every link, in each direction: a number with kbit, mbit or gbit."""
-
     delay: Annotated[str | None, optional("STR", "none")] = None
     """One way from host to host: a number with us, ms or s. Needs the kernel's netem."""
-
     rounds: int = 20
     """How many rounds of each method and exchange."""
-
     methods: tuple[MethodName, ...] = tuple(METHODS)
     """Which methods to measure."""
-
     exchanges: Annotated[tuple[str, ...], optional("NAME ...", "those that suit a method")] = ()
     """Over which exchanges, of psum, gather, lazy, relay, server and sharded."""
-
     compute: bool = True
     """Whether to train. Without, messages of the right sizes are moved and nothing is computed:
     for models that are too slow for all hosts on one machine."""
-
     upload_fraction: float = 0.4
     """Without compute: how many of the workers upload in each round of lasg and sasg."""
-
     width: Annotated[int | None, optional("INT")] = None
     """Hidden units of the fully connected network, or channels of the ResNet18's first stage."""
-
     out: Annotated[pathlib.Path | None, optional("DIR", "results/wire-DATE-TIME")] = None
     """Where results go; nothing there is overwritten. The same command again goes on with what was
     stopped."""
-
     loopback: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Join the processes over loopback also where a network can be made."""
 

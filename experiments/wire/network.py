@@ -288,13 +288,10 @@ class Options:
         tyro.conf.arg(metavar="COMMAND ...", help_behavior_hint="(required)"),
     ] = ()
     """What to run, and its arguments; after --."""
-
     hosts: int = 4
     """How many, from 1 to 250."""
-
     rate: str = "1gbit"
     """Of every link, in each direction: a number with kbit, mbit or gbit."""
-
     delay: Annotated[str | None, optional("STR", "none")] = None
     """One way from host to host: a number with us, ms or s. Needs the kernel's netem."""
 

@@ -25,10 +25,8 @@ class Bench:
         *("selection", "round", "workers", "parameters"),
     )
     """What to measure."""
-
     repeats: int = 11
     """How many times each is timed, in turn with the others."""
-
     out: pathlib.Path = pathlib.Path("results/bench")
     """A folder for bench.png, and for a file in JSON for each part."""
 
