@@ -32,7 +32,6 @@ def _train(given: Sequence[str]) -> None:
 
 _STUDIES = {
     "reproduce": "studies.reproduce",
-    "estimate": "studies.estimate",
     "bench": "studies.bench",
     "wire": "wire.measure",
 }
@@ -93,7 +92,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "run": (_train, "train one method once"),
     "reproduce": (_study, "make what is behind the paper's tables and figures"),
     "report": (_report, "make a page of what `reproduce` has left, beside what the paper says"),
-    "estimate": (_study, "say how long the paper's ResNet18 takes on this machine"),
     "bench": (_study, "time the library beside the least that there is to do"),
     "wire": (_study, "measure bytes and times of rounds on a network of several hosts"),
     "launch": (_launch, "start `run` or `compare` in several processes on this machine"),

@@ -9,34 +9,22 @@ class Config:
     """One experiment. Rates and thresholds are for a mean over workers (the server averages)."""
 
     name: str
-    dataset: str
-    """Name of a data set, or several joined by "+", which go to the workers in turn."""
-    model: str
-    """``"mlp"`` or ``"resnet18"``."""
-    width: int
-    """Hidden units of the MLP; channels of the first stage of the ResNet."""
+    dataset: str  # name of a data set, or several joined by "+", which go to the workers in turn
+    model: str  # ``"mlp"`` or ``"resnet18"``
+    width: int  # hidden units of the MLP; channels of the first stage of the ResNet
     iterations: int
-    learning_rate: float
-    """γ."""
-    target_accuracy: float
-    """The accuracy baseline of the tables, in [0, 1], on the whole test set."""
-    alpha_c: Mapping[str, float]
-    """c of α_d = c·M/γ, for each adaptive method."""
+    learning_rate: float  # γ
+    target_accuracy: float  # the accuracy baseline of the tables, in [0, 1], on the whole test set
+    alpha_c: Mapping[str, float]  # c of α_d = c·M/γ, for each adaptive method
     num_workers: int = 10
-    batch_size: int = 10
-    """Samples per worker and round."""
-    decay_iterations: tuple[int, ...] = ()
-    """Rounds at which γ is divided by ten."""
+    batch_size: int = 10  # samples per worker and round
+    decay_iterations: tuple[int, ...] = ()  # rounds at which γ is divided by ten
     density: float = 0.01
     max_staleness: int = 10
-    history: int = 10
-    """D."""
-    augment: bool = False
-    """Random crops of images padded by 4 pixels, and horizontal flips."""
-    partition: str = "iid"
-    """``"iid"`` or ``"dirichlet"`` (label skew)."""
-    concentration: float = 0.5
-    """Of the Dirichlet distribution; smaller is more skewed."""
+    history: int = 10  # D
+    augment: bool = False  # random crops of images padded by 4 pixels, and horizontal flips
+    partition: str = "iid"  # ``"iid"`` or ``"dirichlet"`` (label skew)
+    concentration: float = 0.5  # of the Dirichlet distribution; smaller is more skewed
     exchange: str | None = None
     """How messages travel, one of ``sasg_jax.exchanges.EXCHANGES``; None: what suits the method."""
     evaluate_every: int = 100

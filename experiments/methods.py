@@ -19,20 +19,14 @@ if TYPE_CHECKING:
 class Method:
     """One row of the table."""
 
-    label: str
-    """Its name for people."""
-    colour: str
-    """Of a palette that is told apart without colour vision."""
-    maker: str
-    """The name of its function in sasg_jax."""
-    exchanges: tuple[str, ...]
-    """Those that suit it."""
-    sparse: bool = False
-    """Whether it sends the top k, and so takes a density and a selection."""
+    label: str  # its name for people
+    colour: str  # of a palette that is told apart without colour vision
+    maker: str  # the name of its function in sasg_jax
+    exchanges: tuple[str, ...]  # those that suit it
+    sparse: bool = False  # whether it sends the top k, and so takes a density and a selection
     alpha: str | None = None
     """Whose c of ``Config.alpha_c`` its upload rule takes; None: every worker always uploads."""
-    two_way: bool = False
-    """Whether it sends the top k of the step back."""
+    two_way: bool = False  # whether it sends the top k of the step back
 
 
 METHODS = {

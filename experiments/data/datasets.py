@@ -89,12 +89,10 @@ def combine(datasets: Sequence[Dataset]) -> tuple[Dataset, np.ndarray]:
     zeros on all sides, to the largest height and width. Labels are kept as they are, so class 3 of
     every set becomes the same class 3.
 
-    Returns:
-      The joined :class:`Dataset`, and the position in ``datasets`` that each training example came
-      from, as :func:`experiments.data.partition.by_source` takes it. shape=(N,), dtype=int32
+    Returns the joined :class:`Dataset`, and the position in ``datasets`` that each training example
+    came from, as :func:`experiments.data.partition.by_source` takes it. shape=(N,), dtype=int32
 
-    Raises:
-      ValueError: the numbers of channels cannot be brought together.
+    ValueError where the numbers of channels cannot be brought together.
     """
     shape = np.max([dataset.train_images.shape[1:] for dataset in datasets], axis=0)
     for dataset in datasets:

@@ -51,8 +51,7 @@ def dirichlet_label_skew(
     concentration :math:`\alpha` is, the fewer workers hold a class; for large ones the shards
     become i.i.d. All shares are drawn again until every worker has an example.
 
-    Raises:
-      ValueError: an argument is out of range, or 1,000 draws left a worker with no example.
+    ValueError for an argument out of range, or where 1,000 draws left a worker with no example.
 
     References: Hsu et al., `Measuring the Effects of Non-Identical Data Distribution for Federated
     Visual Classification <https://arxiv.org/abs/1909.06335>`_, 2019; drawn by class as in Yurochkin

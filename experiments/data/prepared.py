@@ -1,21 +1,16 @@
 """Sets of tensorflow-datasets as arrays: prepared where they are not yet, then read without it."""
 
-import contextlib
 import difflib
 import importlib
 import json
 import logging
 import os
 import pathlib
-import uuid
-import zipfile
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from experiments.data import archives
-from experiments.data.datasets import ARRAYS
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +22,7 @@ def read(
 ) -> tuple[str, int, dict[str, np.ndarray]]:
     """What results are to be labelled with, the number of classes, and the arrays.
 
-    The decoded arrays are kept beside the prepared files, and read from there the next time. Errors
-    are those of :func:`experiments.data.datasets.load`.
+    Errors are those of :func:`experiments.data.datasets.load`.
     """
     tfds = importlib.import_module("tensorflow_datasets")
     if not hasattr(tfds, "builder"):  # It logs what fails inside it and comes out half empty.
@@ -38,8 +32,7 @@ def read(
         )
     builder = _find_builder(tfds, name, data_dir)
     image_key, label_key = _supervised_keys(tfds, builder, name)
-    prepared = pathlib.Path(builder.data_dir)
-    if not prepared.exists():
+    if not pathlib.Path(builder.data_dir).exists():
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         archives.prepare(tfds, builder, name, archive_dir)
     label = name
@@ -58,11 +51,7 @@ def read(
             f"Expected name={name!r} to have the splits 'train' and 'test', got "
             f"{sorted(builder.info.splits)}."
         )
-    cache = prepared / "sasg_jax_arrays.npz"
-    arrays = _read_cache(cache)
-    if arrays is None:
-        arrays = _decode(builder, image_key, label_key, name)
-        _write_cache(cache, arrays)
+    arrays = _decode(builder, image_key, label_key, name)
     return label, builder.info.features[label_key].num_classes, arrays
 
 
@@ -124,27 +113,3 @@ def _decode(builder: Any, image_key: str, label_key: str, name: str) -> dict[str
             )
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, labels
     return arrays
-
-
-def _read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {key: file[key] for key in ARRAYS}
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        _log.warning("Not using the damaged cache %s: %s", path, error)
-        return None
-
-
-def _write_cache(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(partial, path)
-    except OSError as error:  # A full disk or a shared read-only folder: slower, but no failure.
-        _log.warning("Could not cache the decoded arrays in %s: %s", path, error)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

@@ -32,7 +32,6 @@ def write_report(directory: pathlib.Path) -> pathlib.Path:
         trained.figure4(results, verdicts, files),
         trained.figure5(results, verdicts, files),
         measured.theory(results, verdicts, files),
-        measured.estimates(results),
         _not_run(results),
         _environment(results),
     ]
@@ -70,7 +69,6 @@ def _not_run(results: Results) -> Section:
 
 def _environment(results: Results) -> Section:
     measured = [("communication", results.wire), ("theory", results.theory)]
-    measured += [(f"estimate {e['config']}-{e['method']}", e) for e in results.estimates]
     measured = [(name, found) for name, found in measured if found]
     sessions = [(run.about["name"], s) for run in results.runs for s in run.about["sessions"]]
     places: dict[tuple[str, str], set[str]] = {}

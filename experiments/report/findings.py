@@ -84,7 +84,6 @@ class Results(NamedTuple):
     runs: list[Run]
     wire: dict[str, Any] | None
     theory: dict[str, Any] | None
-    estimates: list[dict[str, Any]]
 
     def groups(self, name: str, methods: Collection[str] = METHODS) -> list[Group]:
         """Of the experiment ``name``, by density and then in the order of the table of methods."""
@@ -126,12 +125,8 @@ class Results(NamedTuple):
 
 
 def read(directory: pathlib.Path) -> Results:
-    """Reads a folder that ``reproduce``, ``compare`` or ``run`` has written to.
-
-    Raises:
-      FileNotFoundError: it holds no results.
-      ResultsError: a file in it is not what it should be; the message names it.
-    """
+    """Reads a folder that ``reproduce``, ``compare`` or ``run`` has written to. FileNotFoundError
+    where it holds no results; ResultsError names a file in it that is not what it should be."""
 
     def read_if_there(name: str, fields: str) -> Any:
         path = directory / name / f"{name}.json"
@@ -142,12 +137,8 @@ def read(directory: pathlib.Path) -> Results:
         runs=[Run(f.about(), f.curve(), f.record()) for f in Store(directory).runs()],
         wire=read_if_there("wire", "setting network measurements"),
         theory=read_if_there("theory", "results"),
-        estimates=[
-            read_json(path, "config method seconds_per_round estimated_hours machine versions")
-            for path in sorted(directory.glob("estimates/*.json"))
-        ],
     )
-    if not (results.runs or results.wire or results.theory or results.estimates):
+    if not (results.runs or results.wire or results.theory):
         raise FileNotFoundError(
             f"Expected {directory} to be a folder with results. "
             f"`python -m experiments reproduce all --out {directory}` makes them."

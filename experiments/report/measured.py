@@ -1,19 +1,16 @@
-"""The sections on measurements: communication, theory, and estimates of the full settings."""
+"""The sections on measurements: communication, and theory."""
 
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.configs import CONFIGS
-from experiments.methods import METHODS
 from experiments.report import cells, page, paper
 from experiments.report.cells import NOT_AT_HAND, NOTHING, method_label, percent, significant
 from experiments.report.claims import Verdict
 from experiments.report.figures import Band, plot_bands, plot_times
 from experiments.report.findings import Results, fastest_exchanges
 from experiments.report.page import Cell, Section, Table, number, text, words
-from experiments.report.tables import format_seconds
 from experiments.wire.measure import Measurement
 
 # Communication ------------------------------------------------------------------------------------
@@ -118,13 +115,6 @@ def theory(results: Results, verdicts: Sequence[Verdict], files: pathlib.Path) -
         text("source", lambda check: check["source"]),
     ]
     section.tables.append(Table("theory-checks", columns, found["checks"]))
-    settings = _flat(found.get("settings", {}))
-    if settings:
-        columns = [
-            text("setting", lambda item: item[0]),
-            text("value", lambda item: cells.plain(item[1])),
-        ]
-        section.tables.append(Table("theory-settings", columns, settings, folded=True))
     for key, variable, what, of in (
         ("rate", "T", "rounds T", "rounds (Theorem 1)"),
         ("workers", "M", "workers M", "number of workers (Remark 1)"),
@@ -175,42 +165,3 @@ def _rates(
     ]
     page.write_csv(path, ["problem", "method", *fields, "slope"], rows)
     return panels
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested dictionaries with the names on the way to them."""
-    leaves = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        leaves += _flat(value, f"{name}, ") if isinstance(value, Mapping) else [(name, value)]
-    return leaves
-
-
-# Estimates ----------------------------------------------------------------------------------------
-
-
-def estimates(results: Results) -> Section:
-    section = Section("estimates", "The full-width settings")
-    if not results.estimates:
-        section.missing = cells.reproduce("estimates")
-        return section
-    section.paragraphs.append(words("estimates.what"))
-    name = lambda e: (
-        f"{cells.dataset_label(CONFIGS[e['config']].dataset)}, {method_label(e['method'])}"
-    )
-    seconds = lambda e: Cell(f"{e['seconds_per_round']:.1f} s", e["seconds_per_round"])
-    hours = lambda e: Cell(format_seconds(3600 * e["estimated_hours"]), e["estimated_hours"])
-    columns = [
-        text("setting and method", name),
-        text("images", lambda e: e["dataset"]),
-        number("parameters", lambda e: cells.count(e["num_parameters"])),
-        number("rounds made", lambda e: cells.count(e["rounds"])),
-        number("time a round", seconds),
-        number("rounds in all", lambda e: cells.count(e["iterations"])),
-        number("estimate for a run", hours),
-        text("machine", lambda e: e["machine"]),
-    ]
-    order = lambda e: (list(CONFIGS).index(e["config"]), list(METHODS).index(e["method"]))
-    subjects, notes = sorted(results.estimates, key=order), [words("estimates.units")]
-    section.tables.append(Table("estimates", columns, subjects, notes))
-    return section

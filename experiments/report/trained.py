@@ -146,7 +146,6 @@ def figure4(results: Results, verdicts: Sequence[Verdict], files: pathlib.Path) 
         panels.append(page.Panel(path, alt))
     _write_curves(files / "figure4.csv", groups)
     section.figures.append(page.Figure("figure4", words("figure4.caption", label=label), panels))
-    section.figures += _uploads_by_density(groups, files)
     columns = [
         text("density and method", lambda g: f"{cells.density_label(g.density)}, {g.label}"),
         number("seeds at target", cells.reached),
@@ -173,38 +172,6 @@ def figure5(results: Results, verdicts: Sequence[Verdict], files: pathlib.Path) 
         section.figures.append(_curves(groups, "figure5", files))
         section.tables.append(_honest_table(groups, "hetero_narrow"))
     return section
-
-
-def _uploads_by_density(groups: Sequence[Group], files: pathlib.Path) -> list[page.Figure]:
-    """Uploads to the target against density; nothing where no run reached it."""
-    bands, rows = [], []
-    for method in ("sparse", "sasg"):
-        of_method = [group for group in groups if group.method == method and group.reached]
-        counts = [[record["uploads_at_target"] for record in g.reached] for g in of_method]
-        densities = [group.density or 1.0 for group in of_method]
-        if of_method:
-            bands.append(Band.over(method, densities, counts))
-            of_band = zip(bands[-1].mean, bands[-1].low, bands[-1].high, strict=True)
-            for density, of_seeds, statistics in zip(densities, counts, of_band, strict=True):
-                rows.append([method, density, len(of_seeds), *statistics])
-    if not bands:
-        return []
-    path, label = files / "figure4-uploads.png", data_label(groups)
-    target = percent(groups[0].config["target_accuracy"], 0)
-    plot_bands(
-        bands,
-        path,
-        title=f"{label}, uploads to {target}",
-        x_label="density",
-        y_label="uploads of all workers",
-        x_scale="log",
-        x_ticks={x: f"{100 * x:g} %" for band in bands for x in band.x},
-        marker="o",
-    )
-    header = ["method", "density", "seeds at target", "uploads mean", "min", "max"]
-    page.write_csv(path.with_suffix(".csv"), header, rows)
-    panel = page.Panel(path, f"{label}: uploads to {target} against density for Sparse and SASG.")
-    return [page.Figure(path.stem, f"{label}: uploads to {target} against density.", [panel])]
 
 
 def _curves(groups: Sequence[Group], name: str, files: pathlib.Path) -> page.Figure:

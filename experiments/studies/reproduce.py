@@ -11,17 +11,14 @@ import rich.console
 import tyro
 
 from experiments import data
-from experiments.studies import estimate
 from experiments.wire import measure as wire
 
 if TYPE_CHECKING:
     from experiments.training.runs import Run
 
-Target = Literal[
-    "table2", "figure2", "figure3", "table3", "figure4", "figure5", "theory", "estimates", "all"
-]
+Target = Literal["table2", "figure2", "figure3", "table3", "figure4", "figure5", "theory", "all"]
 
-OTHERS = {"figure3": "wire", "table3": "wire", "theory": "theory", "estimates": "estimates"}
+OTHERS = {"figure3": "wire", "table3": "wire", "theory": "theory"}
 """What is measured for each target that is not made of runs. Figure 3 and table 3 show the same."""
 
 
@@ -37,7 +34,7 @@ class Reproduce:
     """`table2`: uploads and bits to the accuracy baseline; `figure2`: accuracy and loss against
     uploads; `figure3` and `table3`: time of communication, on a test network; `figure4`: densities
     of 0.1 %, 1 %, 5 % and 10 %; `figure5`: workers with different data; `theory`: the lemmas and
-    rates as numbers; `estimates`: how long the full ResNet18 would take here."""
+    rates as numbers."""
     out: pathlib.Path = pathlib.Path("results/paper")
     """Where results go."""
     configs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")] = ()
@@ -60,12 +57,8 @@ class ReproduceError(RuntimeError):
 
 
 def work(command: Reproduce, arguments: Sequence[str]) -> None:
-    """Makes what is missing. Of several targets, one that fails does not keep the others.
-
-    Raises:
-      ValueError: an option names what the target has not.
-      ReproduceError: some of it failed; the message says what, and why.
-    """
+    """Makes what is missing. Of several targets, one that fails does not keep the others: in the
+    end a ReproduceError says what, and why. ValueError for an option that the target has not."""
     console = rich.console.Console()
     failures: list[str] = []
 
@@ -158,11 +151,4 @@ def _theory(command: Reproduce, arguments, console) -> None:
         console.print(f"{where}: {found} {verdict}", highlight=False, soft_wrap=True)
 
 
-def _estimates(command: Reproduce, arguments, console) -> None:
-    """Of the lightest and the heaviest method."""
-    for config in ("cifar10_resnet18", "cifar100_resnet18"):
-        options = estimate.Estimate(config, methods=("sgd", "sasg"), out=command.out / "estimates")
-        estimate.work(options, arguments)
-
-
-_MEASURE = {"wire": _wire, "theory": _theory, "estimates": _estimates}
+_MEASURE = {"wire": _wire, "theory": _theory}

@@ -28,8 +28,7 @@ class Record:
     method: str
     seed: int
     num_workers: int
-    exchange: str
-    """How messages travelled."""
+    exchange: str  # how messages travelled
     driver: str
     """``"vmap"``: all workers simulated on one device. ``"shard_map"``: each on its own."""
     processes: int
@@ -41,18 +40,13 @@ class Record:
     """Mean over workers and over the rounds since the last but one evaluation."""
     paper_uplink_bits: int
     """32 bits for every uploaded value, nothing for indices (the paper's Table II)."""
-    uplink_bytes: int
-    """Values, indices and flags from all workers to the server."""
-    downlink_bytes: int
-    """From the server to all workers."""
-    model_state_bytes: int
-    """BatchNorm statistics averaged over workers for the evaluations."""
+    uplink_bytes: int  # values, indices and flags from all workers to the server
+    downlink_bytes: int  # from the server to all workers
+    model_state_bytes: int  # BatchNorm statistics averaged over workers for the evaluations
     params_sha256: str
     """Of the final parameters: equal for runs that ended in the same ones, bit for bit."""
-    compute_seconds: float
-    """Training alone: without compilation and evaluation."""
-    ms_per_iteration: float
-    """Median."""
+    compute_seconds: float  # training alone: without compilation and evaluation
+    ms_per_iteration: float  # median
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +62,7 @@ class Point:
     """What would have crossed, both ways, with everything sent whole in every round."""
     test_accuracy: float
     train_loss: float
-    upload_fraction: float
-    """Of the workers, since the last evaluation."""
+    upload_fraction: float  # of the workers, since the last evaluation
     mean_staleness: float
 
 
@@ -79,9 +72,8 @@ _FIELDS = {cls: [field.name for field in dataclasses.fields(cls)] for cls in (Re
 def at_target(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
     """What it took to reach a target accuracy: a question to a curve, whatever the run aimed at.
 
-    Returns:
-      ``target_accuracy``, and ``iterations_at_target``, ``uploads_at_target`` and so on of the
-      first evaluation that reached it, each None where none did.
+    That is ``target_accuracy``, and ``iterations_at_target``, ``uploads_at_target`` and so on of
+    the first evaluation that reached it, each None where none did.
     """
     first = next((point for point in curve if point["test_accuracy"] >= target), {})
     names = "uploads paper_uplink_bits uplink_bytes downlink_bytes".split()
@@ -197,11 +189,8 @@ class RunFiles:
 
     @contextlib.contextmanager
     def claimed(self, spec: Mapping[str, Any]) -> Iterator[None]:
-        """Keeps the run to this process; begins it, or goes on with it.
-
-        Raises:
-          ResultsError: the folder holds another run, or another process is at work on it.
-        """
+        """Keeps the run to this process; begins it, or goes on with it. Raises ResultsError where
+        the folder holds another run, or another process is at work on it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
@@ -222,10 +211,8 @@ class RunFiles:
     def append_point(self, point: Point) -> None:
         """Adds one line to the curve, on disk when this returns.
 
-        A point that is there already, from before the run was stopped, must come again as it was.
-
-        Raises:
-          ResultsError: it does not.
+        Raises ResultsError where a point that is there already, from before the run was stopped,
+        does not come again as it was.
         """
         curve, new = self.curve(), _as_json(dataclasses.asdict(point))
         if new in curve:
@@ -262,11 +249,7 @@ class RunFiles:
 
 
 def read_json(path: pathlib.Path, fields: str) -> dict[str, Any]:
-    """Reads a file that holds, among others, the fields named.
-
-    Raises:
-      ResultsError: it does not; the message names the file.
-    """
+    """Reads a file that holds, among others, the fields named; else a ResultsError names it."""
     return _checked(path, path.read_text(), fields.split())
 
 

@@ -260,11 +260,8 @@ def _counted(
 
 
 def _go_on(path: pathlib.Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[Measurement]]:
-    """What was measured before, by a command that was stopped or had fewer methods.
-
-    Raises:
-      ValueError: it was another setting, network or machine.
-    """
+    """What was measured before, by a command that was stopped or had fewer methods. ValueError
+    where it was another setting, network or machine."""
     from experiments.training.records import read_json
 
     earlier = read_json(path, "setting network machine versions measurements")

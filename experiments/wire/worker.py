@@ -64,11 +64,8 @@ class Host:
         self._variables = functools.partial(self._model.init, key, images, train=True)
 
     def prepare(self, method: str, exchange: str, compute: bool) -> dict[str, Any]:
-        """Builds and compiles the programs of one method over one exchange.
-
-        Returns:
-          The ledger, and bytes of the live arrays of the state that this worker has on its device.
-        """
+        """Builds and compiles the programs of one method over one exchange. Returns the ledger, and
+        bytes of the live arrays of the state that this worker has on its device."""
         config = dataclasses.replace(self.config, exchange=exchange)
         tx = make_optimizer(config, method)
         params = jax.eval_shape(self._variables)["params"]

@@ -1,4 +1,4 @@
-"""The command ``bench``: how fast selection and rounds are, beside their floors and beside PyTorch.
+"""The command ``bench``: how fast selection and rounds are, beside their floors.
 
 Every number stands beside the least that it could be: of a selection, one pass over the vector; of
 a round, two gradients of every worker and the norm of their difference, which rule (6) needs. All
@@ -17,8 +17,7 @@ from typing import Any, Literal
 class Bench:
     """Measures selection, rounds, and what many workers and many parameters take.
 
-    Everything is beside its floor, and beside the same as a plain PyTorch loop where PyTorch is
-    installed (`pip install -e ".[experiments,torch]"`).
+    Everything is beside its floor.
     """
 
     parts: tuple[Literal["selection", "round", "workers", "parameters"], ...] = (

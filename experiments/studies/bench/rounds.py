@@ -13,7 +13,7 @@ import optax
 import sasg_jax
 from experiments.configs import CONFIGS, Config
 from experiments.methods import METHODS, PAPER_METHODS, make_optimizer
-from experiments.studies.bench.timing import Row, interleave, row, times_as_long, torch
+from experiments.studies.bench.timing import Row, interleave, row
 from experiments.training.train import chunk_size
 
 Calls = Sequence[tuple[jax.Array, jax.Array]]
@@ -41,15 +41,9 @@ def _measure_where(how: str, repeats: int) -> list[Row]:
         METHODS[method].label: Simulated(config, method, data) for method in PAPER_METHODS
     }
     loops["SASG, approximate"] = Simulated(config, "sasg", data, selection="approximate")
-    if torch():
-        from experiments.studies.bench.torch_loop import TorchLoop
-
-        loops["SASG, PyTorch loop"] = TorchLoop(config, data)
     cases = {"floor": _floor(config, data)} | {name: loop.run for name, loop in loops.items()}
     seconds = interleave(cases, repeats)
     notes = {name: f"{loop.fraction():.0%} upload" for name, loop in loops.items()}
-    if "SASG, PyTorch loop" in notes:
-        notes["SASG, PyTorch loop"] += f", {times_as_long(seconds, 'SASG, PyTorch loop', 'SASG')}"
     floor, per = seconds["floor"], _ROUNDS_PER_CALL
     return [
         row(f"round of MNIST-FC, {how}", name, times, floor, notes.get(name, ""), per)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.bench.timing import Row, interleave, row, times_as_long, torch
+from experiments.studies.bench.timing import Row, interleave, row, times_as_long
 from sasg_jax.selection import MIN_FILL, approximate_top_k, magnitude_top_k
 
 SIZES = (401_408, 2_359_296, 11_173_962)
@@ -37,10 +37,6 @@ def measure(repeats: int) -> list[Row]:
             "approximate": _with_memory(functools.partial(approximate_top_k, k=k), vectors[0]),
             "lax.top_k": _compiled(reference, vectors[0]),
         }
-        pytorch = torch()
-        if pytorch:
-            tensor = pytorch.from_numpy(x[0])
-            cases["torch.topk"] = functools.partial(_torch_top_k, pytorch, tensor, k)
         beside = {name: "ours" for name in cases if name not in ("one pass", "ours")}
         batched = {}
         for name, over in (("vmap", jax.vmap), ("scan", _scanned)):
@@ -79,10 +75,6 @@ def _with_memory(fn: Callable[..., Any], x: jax.Array) -> Callable[[], Any]:
 
 def _scanned(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
     return lambda rows: jax.lax.scan(lambda carried, x: (carried, fn(x)), None, rows)[1]
-
-
-def _torch_top_k(pytorch: Any, tensor: Any, k: int) -> Any:
-    return pytorch.topk(tensor.abs(), k)
 
 
 def _judge_approximate(size: int, k: int) -> str:

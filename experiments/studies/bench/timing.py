@@ -87,14 +87,5 @@ def gibibytes(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size else "unknown"
 
 
-def torch() -> Any:
-    """PyTorch, or None where it is not installed."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return torch
-
-
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.3g} ms" if seconds < 1 else f"{1000 * seconds:,.0f} ms"

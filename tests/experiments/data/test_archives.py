@@ -1,4 +1,4 @@
-"""Sets of tensorflow-datasets that are prepared from archives: labelled, cached and read."""
+"""Sets of tensorflow-datasets that are prepared from archives: labelled and read."""
 
 import collections
 import gzip
@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from experiments import data
-from experiments.data import prepared
 
 HAS_TFDS = importlib.util.find_spec("tensorflow_datasets") is not None
 HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
@@ -142,11 +141,6 @@ def assert_holds(dataset, train, test):
     assert examples(dataset.test_images, dataset.test_labels) == examples(*test)
 
 
-def cache_of(data_dir):
-    (path,) = data_dir.glob("cifar10/*/sasg_jax_arrays.npz")
-    return path
-
-
 @pytest.mark.datasets
 @needs_preparing
 class TestUnregisteredArchives:
@@ -187,11 +181,8 @@ class TestUnregisteredArchives:
             dataset = data.load("cifar10", data_dir=data_dir, **again)
             assert dataset.name == "cifar10 (JPEG)"
 
-    @pytest.mark.parametrize("cached", [True, False])
-    def test_label_outlives_the_preparation(self, cifar10, cached, caplog):
+    def test_label_outlives_the_preparation(self, cifar10, caplog):
         data_dir, _, train, test = cifar10
-        if not cached:
-            cache_of(data_dir).unlink()
         with caplog.at_level(logging.WARNING, logger="experiments.data.prepared"):
             dataset = data.load("cifar10", data_dir=data_dir)
         assert dataset.name == f"cifar10 ({UNREGISTERED})"
@@ -241,42 +232,8 @@ class TestUnregisteredArchives:
         assert examples(*train) != examples(*old_train)
         assert_holds(data.load("cifar10", data_dir=data_dir, archives=archives), train, test)
 
-    def test_second_load_reads_the_cache(self, cifar10, monkeypatch):
-        data_dir, _, train, test = cifar10
-        monkeypatch.setattr(prepared, "_decode", None)
-        assert_holds(data.load("cifar10", data_dir=data_dir), train, test)
-        assert not list(data_dir.rglob("*.partial"))
-        cache_of(data_dir).unlink()
-        with pytest.raises(TypeError):
-            data.load("cifar10", data_dir=data_dir)
-
-    @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
-    def test_damaged_cache_is_made_again(self, cifar10, damage):
-        data_dir, _, train, test = cifar10
-        cache_file = cache_of(data_dir)
-        intact = cache_file.read_bytes()
-        damaged = {"truncated": intact[: len(intact) // 2], "garbage": b"x" * 99, "empty": b""}
-        cache_file.write_bytes(damaged[damage])
-        assert_holds(data.load("cifar10", data_dir=data_dir), train, test)
-        with np.load(cache_file) as file:
-            assert examples(file["train_images"], file["train_labels"]) == examples(*train)
-
-    def test_cache_that_cannot_be_written_is_no_failure(self, cifar10, monkeypatch, caplog):
-        data_dir, _, train, test = cifar10
-        cache_of(data_dir).unlink()
-
-        def full_disk(file, **arrays):
-            file.write(b"half")
-            raise OSError("No space left on device")
-
-        monkeypatch.setattr(np, "savez", full_disk)
-        assert_holds(data.load("cifar10", data_dir=data_dir), train, test)
-        assert "No space left" in caplog.text
-        assert not list(data_dir.rglob("*.npz*"))
-
     def test_reading_needs_no_tensorflow(self, cifar10):
         data_dir = cifar10[0]
-        cache_of(data_dir).unlink()
         code = """
 import sys
 from experiments.data import datasets as data

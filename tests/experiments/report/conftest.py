@@ -187,23 +187,6 @@ class Folder:
         about = {**session(["reproduce", "theory"]), "seconds": 60.0, "results": results}
         write_json(self.directory / "theory" / "theory.json", about)
 
-    def add_estimates(self):
-        for config in ("cifar10_resnet18", "cifar100_resnet18"):
-            for method in PAPER_METHODS:
-                found = {
-                    "config": config,
-                    "method": method,
-                    "num_parameters": 11_173_962,
-                    "rounds": 20,
-                    "uploads": 150,
-                    "seconds_per_round": 9.6,
-                    "iterations": 15_000,
-                    "estimated_hours": 40.0,
-                    "dataset": "made up",
-                }
-                path = self.directory / "estimates" / f"{config}-{method}.json"
-                write_json(path, {**found, **session(["reproduce", "estimates"])})
-
     def page(self):
         """The page of what is there."""
         return Page(write_report(self.directory))
@@ -272,7 +255,6 @@ def full(tmp_path_factory):
     folder.add_cifar("hetero_narrow")
     folder.add_wire()
     folder.add_theory()
-    folder.add_estimates()
     write_report(folder.directory)
     return folder
 

@@ -83,7 +83,7 @@ def test_every_figure_and_table_has_its_files(full, page):
     assert {path.suffix for path in files} == {".png", ".csv"}
     assert all(path.stat().st_size > 0 for path in files)
     images = [value for tag, key, value in page.attributes if (tag, key) == ("img", "src")]
-    assert len(images) == sum(path.suffix == ".png" for path in files) == 14
+    assert len(images) == sum(path.suffix == ".png" for path in files) == 13
 
 
 def test_lines_are_means_and_bands_go_from_the_lowest_seed_to_the_highest(folder, monkeypatch):
@@ -104,9 +104,6 @@ def test_lines_are_means_and_bands_go_from_the_lowest_seed_to_the_highest(folder
     (band,) = drawn["figure2-mnist_fc-loss.png"]
     first = (band.low[0], band.mean[0], band.high[0])
     assert first == pytest.approx([math.exp(-1) + x for x in (0.01, 0.02, 0.03)])
-    assert drawn["figure4-uploads.png"][0].mean == [24_000]
-    assert drawn["figure4-uploads.png"][0].low == [22_200]
-    assert drawn["figure4-uploads.png"][0].high == [26_700]
 
 
 def test_numbers_near_the_papers_hold(full):
@@ -220,7 +217,6 @@ def test_times_are_ratios_beside_the_papers(full, page):
 def test_theory_names_the_checks_that_fail(full, page, folder):
     assert full.verdict("Theory") == (claims.HOLDS, "2 of 2 checks hold.")
     assert page.row("theory", "residual")[2:6] == ["0.012", "≤ 0.5", "holds", "0"]
-    assert page.row("theory", "rate, max rounds", table=1) == ["100; 400"]
     slopes = [value for _, key, value in page.attributes if key == "alt" and "slope" in value]
     assert len(slopes) == 2
     assert all("SASG slope −0.52" in text for text in slopes)
@@ -235,7 +231,6 @@ def test_what_was_run_and_how(page):
     (row,) = [r for r in page.tables["environment"][1] if r[0] == "mnist_fc-sasg-seed2"]
     assert row[1:5] == ["2", "8,000 of 8,000", "1 time", "0, 1,200"]
     assert row[-1] == "python -m experiments reproduce table2 --out DIR"
-    assert page.row("estimates", "CIFAR-100, SASG")[2:6] == ["20", "9.6 s", "15,000", "1 d 16 h"]
     assert "the paper’s cells for them are not at hand" in page.text("not-run")
     assert "planned" not in page.text("not-run")
 
@@ -253,7 +248,6 @@ def test_partial_results_say_what_makes_the_rest(folder):
         ("figure3", "table3"),
         ("figure4", "figure4"),
         ("figure5", "figure5"),
-        ("estimates", "estimates"),
     ):
         assert f"python -m experiments reproduce {target} --out DIR" in page.text(section)
     assert "reproduce" not in page.text("theory")
@@ -282,7 +276,6 @@ def test_a_folder_without_results_is_refused(tmp_path, make):
         ("wire/wire.json", '{"measurements": [', "to be JSON: "),
         ("wire/wire.json", '{"measurements": []}', "to hold setting, network"),
         ("theory/theory.json", "", "to be JSON: "),
-        ("estimates/a.json", "[]", "to hold config, method"),
         ("runs/mnist_fc-sasg-seed1/run.json", "{", "to be JSON: "),
         ("runs/mnist_fc-sasg-seed1/run.json", "{}", "to hold name, config"),
         ("runs/mnist_fc-sasg-seed1/record.json", "no", "to be JSON: "),

@@ -1,9 +1,8 @@
-"""The benchmark times what it says, and its PyTorch loop is the algorithm that it is set beside."""
+"""The benchmark times what it says."""
 
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -88,20 +87,3 @@ def test_a_run_that_is_timed_is_under_way(monkeypatch):
     timed = np.mean(simulated._uploaded[1])
     assert simulated.fraction() == pytest.approx(float(timed))
     assert timed < np.mean(warm_up)
-
-
-def test_the_pytorch_loop_is_the_same_algorithm(monkeypatch):
-    """For 20 rounds: after many more, a worker at the edge of the rule decides otherwise."""
-    pytest.importorskip("torch", reason="PyTorch is an extra")
-    from experiments.studies.bench.torch_loop import TorchLoop
-
-    monkeypatch.setattr(rounds, "WARM_UP_CALLS", 0)
-    config = CONFIGS["mnist_fc"]
-    calls = rounds.calls(*rounds.examples(config.num_workers, config.batch_size, 20, 0.1))
-    simulated, loop = rounds.Simulated(config, "sasg", calls), TorchLoop(config, calls)
-    simulated.run()
-    loop.run()
-    assert 0.5 < simulated.fraction() < 1  # all upload in the first ten rounds
-    assert simulated.fraction() == pytest.approx(loop.fraction())
-    for ours, theirs in zip(jax.tree.leaves(simulated.state.params), loop.params, strict=True):
-        np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=1e-6)
