@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from experiments.configs import CONFIGS
 from experiments.methods import METHODS
@@ -99,9 +98,3 @@ def describe(groups: Sequence[Group]) -> str:
         target=percent(config["target_accuracy"], 0),
         seeds=f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
     )
-
-
-def plain(value: Any) -> str:
-    if isinstance(value, list):
-        return "; ".join(map(plain, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
