@@ -164,8 +164,8 @@ def make_method(
     refuse(mean_inside and silence != "keep", "silence", silence, f"to be 'keep' {means}")
     refuse(mean_inside and coder is not None, "coder", coder, f"to be None {means}")
     refuse(mean_inside and downlink is not None, "downlink", downlink, f"to be None {means}")
-    allowed = f"to be a PRNG key for {draws}, which draws at random"
-    refuse(draws and key is None, "key", key, allowed)
+    allowed = f"a PRNG key for {draws}, which draws" if draws else "None: nothing here draws"
+    refuse((key is None) == bool(draws), "key", key, f"to be {allowed} at random")
     lost = keeps and feedback.keep is None and not feedback.reconstructs
     allowed = f"to be 'reuse' or 'drop' with {feedback.name}, which keeps nothing"
     refuse(lost, "silence", silence, allowed)

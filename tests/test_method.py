@@ -305,5 +305,7 @@ def test_takes_a_key_of_either_kind():
     assert _keys(old_style) == _keys(_make(_draws(), key=KEY))
 
 
-def test_what_draws_nothing_gets_no_key():
-    assert set(_keys(_make(TOP_K, key=KEY)).values()) == {(None, None)}
+def test_what_draws_nothing_takes_no_key():
+    assert set(_keys(_make(TOP_K)).values()) == {(None, None)}
+    with pytest.raises(ValueError, match=r"(?s)^Expected key=.* to be None: nothing here draws"):
+        _make(TOP_K, key=KEY)
