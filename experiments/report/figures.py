@@ -105,7 +105,7 @@ def plot_ratios(ratios: Sequence[tuple[str, float]], path: pathlib.Path) -> None
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.axvline(1, color="0.4", linewidth=0.9, linestyle="--")
-        axis.set(xlabel="times the floor", xscale="log", xlim=(0.7, 2 * max(values)))
+        axis.set(xlabel="times the floor", xscale="log", xlim=(min(values) / 1.5, 2 * max(values)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(y=0.01)
         axis.grid(axis="x", alpha=0.25)

@@ -42,3 +42,18 @@ def test_every_run_is_drawn_in_all_six_panels(tmp_path, monkeypatch, methods):
     assert labels == [METHODS[method].label for method in methods]
     monkeypatch.undo()
     plt.close(figure)
+
+
+def test_bars_far_below_their_floor_are_seen(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    figures.plot_ratios([("a", 0.3), ("b", 1.0), ("c", 70.0)], tmp_path / "ratios.png")
+    (figure,) = kept
+    (axis,) = figure.axes
+    left, right = axis.get_xlim()
+    widths = [bar.get_width() for bar in axis.patches]
+    assert widths == [0.3, 1.0, 70.0]
+    assert left < 0.9 * min(widths)
+    assert right > 1.1 * max(widths)
+    monkeypatch.undo()
+    plt.close(figure)
