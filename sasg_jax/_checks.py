@@ -129,14 +129,14 @@ def as_params(params: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)
 
 
-def check_like(name: str, tree: Any, like: Any) -> None:
+def check_like(name: str, tree: Any, like: Any, of: str = "params") -> None:
     """Raises ValueError unless ``tree`` has the structure and the shapes of ``like``."""
     got, want = jax.tree.structure(tree), jax.tree.structure(like)
     if got != want:
-        why = f"Expected {name} to have the structure of params.\n  {name}: {got}\n  params: {want}"
+        why = f"Expected {name} to have the structure of {of}.\n  {name}: {got}\n  {of}: {want}"
         raise ValueError(why)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for (path, leaf), reference in zip(leaves, jax.tree.leaves(like), strict=True):
         if jnp.shape(leaf) != jnp.shape(reference):
-            why = f"Expected {name}{jax.tree_util.keystr(path)} to have the shape of its "
-            raise ValueError(why + f"parameter, {jnp.shape(reference)}, got {jnp.shape(leaf)}.")
+            why = f"Expected {name}{jax.tree_util.keystr(path)} to have its shape in {of}, "
+            raise ValueError(why + f"{jnp.shape(reference)}, got {jnp.shape(leaf)}.")

@@ -85,21 +85,20 @@ def _for_all_rule(size, batched, flag):
 
 
 @custom_vmap
-def same_on_all(tree: PyTree) -> PyTree:
+def same_on_all(worker: jax.Array, tree: PyTree) -> PyTree:
     """``tree``; raises ValueError under ``vmap`` over workers where it depends on the worker."""
     return tree
 
 
 @same_on_all.def_vmap
-def _same_on_all_rule(size, batched, tree):
-    if any(jax.tree.leaves(batched)):
+def _same_on_all_rule(size, batched, worker, tree):
+    if batched[0] and any(jax.tree.leaves(batched[1])):
         why = "Expected params and everything in the optimiser state after the sasg_jax "
         why += "transformation to be the same on all workers, but a part depends on the worker. In "
         why += "sasg_jax.pipeline or optax.chain, put what sees a worker's own gradients before "
-        why += "the sasg_jax transformation. What optax.masked keeps from it is a worker's own, "
-        why += "too: set that to zero, e.g. by optax.partition with optax.set_to_zero()."
-        raise ValueError(why)
-    return tree, batched[0]
+        why += "it. What optax.masked keeps from it is a worker's own, too: set that to zero, e.g. "
+        raise ValueError(why + "by optax.partition with optax.set_to_zero().")
+    return tree, batched[1]
 
 
 def sum_rows(rows: jax.Array) -> jax.Array:

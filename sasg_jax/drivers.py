@@ -33,7 +33,8 @@ def simulate(worker_round: WorkerRound, state, batch, present, *, num_workers, a
 
     def checked(state, batch, present):
         state, info = worker_round(state, batch, present)
-        return jax.tree.map(lambda o, x: x if o else same_on_all(x), own, state), info
+        same = lambda x: same_on_all(lax.axis_index(axis_name), x)
+        return jax.tree.map(lambda o, x: x if o else same(x), own, state), info
 
     axes = {"axis_name": axis_name, "axis_size": num_workers, **_split("axes", own, 0, None)}
     return jax.vmap(checked, **axes)(state, batch, present)
@@ -45,7 +46,7 @@ def on_mesh(worker_round: WorkerRound, state, batch, present, *, mesh: Mesh):
 
     def on_one_device(state, batch, present):
         # shard_map hands each worker a block with a leading axis of 1.
-        first, expand = lambda x: x[0], lambda x: x[None]
+        first, expand = lambda x: x[0], lambda x: jnp.asarray(x)[None]
         state = map_own(first, own, state)
         state, info = worker_round(state, jax.tree.map(first, batch), present)
         return map_own(expand, own, state), map_own(expand, INFO_OWNERS, info)

@@ -54,7 +54,7 @@ def residual(decay: float = 1.0) -> Feedback:
     decay = check_fraction("decay", decay)
     add = lambda x, e: x + e if decay == 1 else x + (decay * e).astype(x.dtype)
     return Feedback(
-        name="residual()" if decay == 1 else f"residual({decay:g})",
+        name="residual()" if decay == 1 else f"residual({decay})",
         init=lambda tree: Residual(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)),
         before=lambda x, memory: jax.tree.map(add, x, memory.residual),
         after=lambda memory, compressed, decoded: Residual(compressed.remainder),

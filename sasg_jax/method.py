@@ -70,7 +70,11 @@ class Method:
 
     def round(self, params: PyTree, number: jax.Array) -> Round:
         """What all workers know of a round."""
-        rate = self.learning_rate(number) if callable(self.learning_rate) else self.learning_rate
+        rate = self.learning_rate
+        if callable(rate):
+            rate = rate(number)
+            is_one = rate is not None and jnp.shape(rate) == () and jnp.isrealobj(rate)
+            require(is_one, "learning_rate", rate, "to be a schedule that gives one real number")
         return Round(params, number, self.num_workers, None if rate is None else jnp.asarray(rate))
 
     def keys(self, round: jax.Array, worker: jax.Array) -> tuple[Any, Any]:
@@ -142,6 +146,7 @@ def make_method(
     num_workers = check_int("num_workers", num_workers, minimum=1)
     check_axis_name(axis_name)
     key = check_key(key)
+    asked = silence
     silence = rule.silence if silence is None else check_choice("silence", silence, SILENCES)
     mean_inside = compressor.compress_mean is not None
     keeps = silence == "keep" and not rule.always
@@ -151,9 +156,7 @@ def make_method(
     feedback = _default_feedback(up, keeps) if feedback is None else feedback
     means = f"for {compressor.name}, which takes means"
     draws = next((part.name for part in (up, down) if part.random), None)
-    refuse = lambda wrong, name, value, allowed: require(
-        not wrong, name, getattr(value, "name", value), allowed
-    )
+    refuse = lambda wrong, name, x, why: require(not wrong, name, getattr(x, "name", x), why)
     allowed = "to have a number or numbers for alpha: as a function of the learning rate it needs "
     allowed += "an optimiser that has one (sasg_jax.sasg, compressed_sgd), and aggregate has none"
     refuse(learning_rate is None and rule.needs_learning_rate, "rule", rule, allowed)
@@ -169,9 +172,9 @@ def make_method(
     lost = keeps and feedback.keep is None and not feedback.reconstructs
     allowed = f"to be 'reuse' or 'drop' with {feedback.name}, which keeps nothing"
     refuse(lost, "silence", silence, allowed)
-    uncounted = feedback.reconstructs and (silence == "drop" or mean_inside)
+    uncounted = silence == "drop" or asked == "keep" or mean_inside
     allowed = "only where a silent worker counts as what it has sent"
-    refuse(uncounted, "feedback", feedback, allowed)
+    refuse(feedback.reconstructs and uncounted, "feedback", feedback, allowed)
     undecodable = up.shares_key and silence == "reuse" and not feedback.reconstructs
     allowed = f"to be 'keep' or 'drop' for {up.name}: a last message cannot be decoded with the "
     refuse(undecodable, "silence", silence, allowed + "key of another round")

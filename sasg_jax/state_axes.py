@@ -119,8 +119,7 @@ def _refuse(node: PyTree) -> None:
             if not _contains_ours(inner) and jax.tree.leaves(inner):
                 why = "Expected optax.partition to have no optimiser beside sasg_jax, got one for "
                 why += f"label {label!r}: each worker would step there with its own gradient. Put "
-                why += "the partition after: sasg_jax.pipeline(sasg_jax.aggregate(...), "
-                raise ValueError(why + "optax.partition(...)).")
+                raise ValueError(why + "it after ours: pipeline(aggregate(...), partition(...)).")
 
 
 def _mark_chain(nodes: Any) -> list[PyTree]:
@@ -137,6 +136,5 @@ _fill = lambda node, own: jax.tree.map(lambda _: own, node)
 
 
 def _contains_ours(node: PyTree) -> bool:
-    kinds = (AggregateState, WorkerState, ServerState)
-    nodes = jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, kinds))
-    return any(isinstance(x, kinds) for x in nodes)
+    is_ours = lambda x: isinstance(x, (AggregateState, WorkerState, ServerState))
+    return any(map(is_ours, jax.tree.leaves(node, is_leaf=is_ours)))

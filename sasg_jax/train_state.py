@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from sasg_jax._checks import check_like
 from sasg_jax.directions import Direction, Evaluation
 from sasg_jax.numerics import PyTree, is_masked, wide
 from sasg_jax.state_axes import keep_own
@@ -76,7 +77,7 @@ def worker_round(
     made, grad_fn = evaluate(direction, tx, state, batch)
     extra = {} if present is None else {"present": present}
     if pass_value:
-        there = True if present is None else present[jax.lax.axis_index(axis_name)]
+        there = True if present is None else jnp.asarray(present)[jax.lax.axis_index(axis_name)]
         extra["value"] = mean_loss(made.loss, there, lambda x: jax.lax.psum(x, axis_name))
     given = made.direction, state.opt_state, state.params
     updates, opt_state = tx.update(*given, grad_fn=grad_fn, **extra)
@@ -90,14 +91,15 @@ def worker_round(
 
 def mean_loss(loss: jax.Array, there: Any, add: Callable[[PyTree], PyTree]) -> jax.Array:
     """The mean of the losses that are finite, over workers that take part; ``add`` sums over them.
-    A worker whose gradient is refused has no part in what all do with the loss."""
+    A worker whose gradient is refused has no part in what all do with it. Infinite without any."""
     counts = jnp.isfinite(loss) & there
     total, count = add((jnp.where(counts, loss.astype(wide(loss.dtype)), 0), counts.astype(int)))
-    return (total / jnp.maximum(count, 1)).astype(loss.dtype)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.inf).astype(loss.dtype)
 
 
 def keep_if(used: jax.Array, made: Evaluation, state: TrainState) -> TrainState:
     """``state``, with what was made of the model's and the direction's if that is used."""
+    check_like("the model state", made.model_state, state.model_state, "the one before")
     choose = lambda new, old: jax.tree.map(lambda x, y: jnp.where(used, x, y), new, old)
     model_state = choose(made.model_state, state.model_state)
     return state._replace(model_state=model_state, direction=choose(made.own, state.direction))

@@ -163,10 +163,8 @@ def _from_method(method: Method) -> Transformation:
                 again = grad_fn(at)
             except Exception as error:
                 if _find_masked(params) or isinstance(params, jax.Array):
-                    error.add_note(
-                        "grad_fn gets params as they reach sasg_jax: without what an optax.masked "
-                        "around it hides, or as the one vector that an optax.flatten makes of them."
-                    )
+                    note = "grad_fn gets params as they reach sasg_jax: without what optax.masked "
+                    error.add_note(note + "hides, or as the one vector that optax.flatten makes.")
                 raise
             if _find_masked(params) and not _find_masked(again):  # grad_fn gives hidden ones, too
                 hide = lambda p, g: p if is_masked(p) else g

@@ -176,7 +176,7 @@ def test_what_is_like_params():
         ),
         (
             {"a": np.ones(3), "b": [np.ones(4)]},
-            r"^Expected grads\['b'\]\[0\] to have the shape of it",
+            r"^Expected grads\['b'\]\[0\] to have its shape in params",
         ),
         ({"a": 1.0, "b": [np.ones((2, 2))]}, r"^Expected grads\['a'\] .* \(3,\), got \(\)\.$"),
     ],

@@ -218,16 +218,16 @@ def test_a_branch_that_no_entry_needs_is_not_run(flags, runs):
 
 def test_same_on_all_is_what_it_is():
     tree = {"a": jnp.ones(2), "b": jnp.int32(3)}
-    chex.assert_trees_all_equal(jax.jit(same_on_all)(tree), tree)
-    shared = jax.vmap(lambda x: same_on_all(tree), out_axes=None, axis_size=3)(jnp.zeros(3))
+    chex.assert_trees_all_equal(jax.jit(same_on_all)(0, tree), tree)
+    shared = jax.vmap(lambda m: same_on_all(m, tree), out_axes=None)(jnp.arange(3))
     chex.assert_trees_all_equal(shared, tree)
 
 
 def test_what_depends_on_the_worker_is_not_the_same_on_all():
     tree = {"a": jnp.ones((3, 2)), "b": jnp.int32(3)}
-    mapped = jax.vmap(same_on_all, in_axes=({"a": 0, "b": None},))
+    mapped = jax.vmap(same_on_all, in_axes=(0, {"a": 0, "b": None}))
     with pytest.raises(ValueError, match="to be the same on all workers, but a part depends on"):
-        mapped(tree)
+        mapped(jnp.arange(3), tree)
 
 
 def _in_a_loop(x):

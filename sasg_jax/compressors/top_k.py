@@ -89,9 +89,10 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
 
     def decompress_sum(messages, like, key):
         pairs = zip(messages, jax.eval_shape(to_vectors, like), strict=True)
-        return from_vectors([decompress_sum_vector(*pair) for pair in pairs], like)
+        total = from_vectors([decompress_sum_vector(*pair) for pair in pairs], like)
+        return jax.tree.map(lambda x, leaf: x.astype(wide(leaf.dtype)), total, like)
 
-    arguments = [f"{density:g}"] + [f"scope={scope!r}"] * (scope != "tensor")
+    arguments = [str(density)] + [f"scope={scope!r}"] * (scope != "tensor")
     arguments += [f"selection={selection!r}"] * is_approximate
     name = f"top_k({', '.join(arguments)})"
     return Compressor(

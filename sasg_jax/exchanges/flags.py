@@ -50,8 +50,6 @@ def from_root(x: jax.Array, axis_name: str) -> jax.Array:
 
 # The two ways, as arguments of Exchange.
 tell_all_links = lambda size: Links([size - 1] * size, [size - 1] * size)
-tell_through_root_links = lambda size: Links(
-    [(size - 1) * size, *[1] * (size - 1)], [size - 1, *[size] * (size - 1)]
-)
+tell_through_root_links = lambda n: Links([(n - 1) * n] + [1] * (n - 1), [n - 1] + [n] * (n - 1))
 TO_ALL: Any = {"tell": tell_all, "flag_links": tell_all_links}
 BY_ROOT: Any = {"tell": tell_through_root, "flag_links": tell_through_root_links, "has_root": True}

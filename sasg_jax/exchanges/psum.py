@@ -20,7 +20,7 @@ def _sum(message: PyTree, axis_name: str) -> PyTree:
         # One vector of each type: a sum of every tensor by itself would wait as often.
         leaves, treedef = jax.tree.flatten(message)
         summed = list(leaves)
-        for dtype in {x.dtype for x in leaves}:
+        for dtype in dict.fromkeys(x.dtype for x in leaves):  # in one order in all processes
             places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
             vector, to_leaves = ravel_pytree([leaves[i] for i in places])
             for i, x in zip(places, to_leaves(jax.lax.psum(vector, axis_name)), strict=True):

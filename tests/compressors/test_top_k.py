@@ -166,7 +166,7 @@ def test_says_what_it_is():
     assert is_said == [False] * 4
     assert sasg_jax.top_k(0.01).name == "top_k(0.01)"
     named = sasg_jax.top_k(1, scope="tree", selection="approximate")
-    assert named.name == "top_k(1, scope='tree', selection='approximate')"
+    assert named.name == "top_k(1.0, scope='tree', selection='approximate')"
     # The exact selections send the same.
     assert sasg_jax.top_k(0.1, selection="lax").name == sasg_jax.top_k(0.1).name
 
