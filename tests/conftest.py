@@ -40,10 +40,8 @@ def pytest_xdist_auto_num_workers(config):
     their start, and what has processes of its own or looks at the clock has the machine to itself.
     """
     everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    return min(os.cpu_count() or 1, 8) if everything and config.option.markexpr == _DAILY else 0
-
-
-_DAILY = "not (processes or network or browser or datasets or slow or gpu)"  # as in pyproject.toml
+    is_daily = config.option.markexpr in config.getini("addopts")  # no -m has been given
+    return min(os.cpu_count() or 1, 8) if everything and is_daily else 0
 
 
 @pytest.fixture(scope="module", autouse=True)

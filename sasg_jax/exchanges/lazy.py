@@ -15,7 +15,7 @@ def _lazy_rows(words, flags, axis_name):
     if flags is None:
         return gather_rows(words, None, axis_name)
     size, worker = flags.size, lax.axis_index(axis_name)
-    counts = jnp.asarray([0, *_slot_counts(size)])
+    counts = _slot_counts(size)
     slot_of_worker = jnp.cumsum(flags) - 1
 
     def through_slots(count):
@@ -29,24 +29,24 @@ def _lazy_rows(words, flags, axis_name):
         return rows
 
     branches = [lambda: no_rows(words, size)]
-    branches += [through_slots(count) for count in _slot_counts(size)]
+    branches += [through_slots(count) for count in counts[1:]]
     branches += [lambda: lax.all_gather(words, axis_name)]
-    return lax.switch(jnp.searchsorted(counts, flags.sum()), branches)
+    return lax.switch(jnp.searchsorted(jnp.asarray(counts), flags.sum()), branches)
 
 
 def _slot_counts(num_workers: int) -> list[int]:
     """Slots of the branches, of which the first that holds all uploads is taken: while a sum (2
     (M-1)/M messages a slot) moves less than a gather (M-1). Few: branches take time to compile."""
     most = (num_workers - 1) // 2
-    counts = list(range(1, min(most, 16) + 1))
-    while counts and counts[-1] < most:
+    counts = list(range(min(most, 16) + 1))
+    while counts[-1] < most:
         counts.append(min(most, counts[-1] * 9 // 8))
     return counts
 
 
 def _links(traffic):
     size, rounds = len(traffic.uploads_by_worker), traffic.rounds_by_uploads
-    counts = [0, *_slot_counts(size)]
+    counts = _slot_counts(size)
     most = counts[-1]
     slots = sum(counts[bisect.bisect_left(counts, u)] * rounds[u] for u in range(most + 1))
     # A ring sum sends every part of the vector twice, but for the parts that start and end there.

@@ -50,7 +50,7 @@ def test_of_many_workers_it_moves_at_most_an_eighth_more(size):
 @pytest.mark.parametrize("senders", [[5], [2, 6], [0, 3, 7], [0, 1, 2, 3]])
 def test_empty_slots_change_nothing(monkeypatch, senders):
     """Two uploads in three slots; four are gathered."""
-    monkeypatch.setattr(lazy, "_slot_counts", lambda num_workers: [1, 3])
+    monkeypatch.setattr(lazy, "_slot_counts", lambda num_workers: [0, 1, 3])
     loss_fn = lambda params, batch: ((params["w"] - batch) ** 2).sum()
     present = jnp.zeros(8, bool).at[jnp.array(senders)].set(True)
     batch = jnp.arange(8.0)
