@@ -65,10 +65,9 @@ def update_if(active: jax.Array, fn: Callable[..., Any], carried: PyTree, *opera
 def zero_after(tree: PyTree) -> jax.Array:
     """Zero, which XLA only knows when it has the floats in a tree. ``# shape=(), dtype=int32``"""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
+    firsts = jnp.array([x.reshape(-1)[0].astype(jnp.float32) for x in leaves], jnp.float32)
     # Read as an integer, a magnitude is at least 0, that of NaN too: its highest bit is the sign.
-    as_int = lambda x: lax.bitcast_convert_type(jnp.abs(x), f"int{8 * x.dtype.itemsize}")
-    zero = lambda x: jnp.minimum(as_int(x), 0).astype(jnp.int32)
-    return sum((zero(x.reshape(-1)[0]) for x in leaves), jnp.zeros((), jnp.int32))
+    return jnp.minimum(lax.bitcast_convert_type(jnp.abs(firsts), jnp.int32), 0).sum()
 
 
 @custom_vmap

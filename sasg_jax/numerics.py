@@ -46,7 +46,7 @@ def squared_distance_if_sound(a: PyTree, b: PyTree) -> jax.Array:
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether no entry is NaN or infinite. ``# shape=(), dtype=bool``"""
     # 0 x is 0 for all others, and a sum of floats is added up faster than flags are.
-    return jnp.all(jnp.array([jnp.sum(0 * x) == 0 for x in jax.tree.leaves(tree)], bool))
+    return jnp.asarray(sum(jnp.sum(0 * x) for x in jax.tree.leaves(tree)) == 0)
 
 
 def scale(learning_rate: jax.Array | None, tree: PyTree) -> PyTree:
