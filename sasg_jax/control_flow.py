@@ -67,7 +67,7 @@ def zero_after(tree: PyTree) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
     firsts = jnp.array([x.reshape(-1)[0].astype(jnp.float32) for x in leaves], jnp.float32)
     # Read as an integer, a magnitude is at least 0, that of NaN too: its highest bit is the sign.
-    return jnp.minimum(lax.bitcast_convert_type(jnp.abs(firsts), jnp.int32), 0).sum()
+    return jnp.minimum(lax.bitcast_convert_type(jnp.abs(firsts), jnp.int32), 0).sum(dtype=jnp.int32)
 
 
 @custom_vmap

@@ -165,7 +165,7 @@ def _pack(mask: jax.Array) -> jax.Array:
     return (lanes << jnp.arange(_WORD, dtype=jnp.uint32)[None]).sum(1, dtype=jnp.uint32)
 
 
-_count = lambda words: lax.population_count(words).astype(jnp.int32).sum()
+_count = lambda words: lax.population_count(words).sum(dtype=jnp.int32)
 
 
 def _first_set_bits(count: int, *masks: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -289,3 +289,11 @@ def test_vmap_takes_one_vector_after_another(monkeypatch):
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"Expected method='fast' to be one of 'auto', 'lax'"):
         selection.magnitude_top_k(jnp.ones(3), 1, method="fast")
+
+
+def test_types_are_the_same_in_64_bit_mode():
+    x = jnp.asarray(_vectors(1 << 16, 300)["normal"])
+    with jax.enable_x64(True):
+        indices, threshold = selection.approximate_top_k(x, 300, jnp.float32(1.0))
+        chosen = selection.magnitude_top_k(x, 300, method="pruned")
+    assert (indices.dtype, threshold.dtype, chosen.dtype) == ("int32", "float32", "int32")
