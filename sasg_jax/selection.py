@@ -5,11 +5,11 @@ the CPU, where :func:`lax.top_k` is the slowest part of a round, :func:`pruned_t
 set of indices and looks at most entries only to count them:
 
 1. A strided sample gives a bound below the k-th largest magnitude with high probability.
-2. Entries above the bound, and then where they are too few (in tensors that are mostly zero) those
-   that equal it, are marked in bit masks (one bit an entry) and listed from these.
+2. Entries above the bound are marked in a bit mask (one bit an entry) and listed from it.
 3. Bisection over the bits of the listed magnitudes finds the k largest exactly.
 
-When the sample misled, the reference is used, so the result is exact for every input.
+In tensors that are mostly zero, the entries above the bound and the first that equal it are the k
+largest. When the sample misled, the reference is used, so the result is exact for every input.
 :func:`approximate_top_k` does without: the threshold of the last selection serves again.
 """
 
@@ -73,22 +73,22 @@ def _pruned(x: jax.Array, k: int) -> jax.Array:
     rank = int(1.25 * k / stride) + 8
     if rank > sample.size:
         return lax_top_k(x, k)
-    bound = jnp.maximum(lax.top_k(sample, rank)[0].min(), 0)
-    above = _pack(jnp.abs(x) > bound)
-
-    def with_ties():
-        # By their bits: the CPU takes none of these for zero, as it does with the tiniest floats.
-        bits, bound_bits = (lax.bitcast_convert_type(y, jnp.int32) for y in (_magnitudes(x), bound))
-        return _pack(bits > bound_bits), _pack(bits == bound_bits)
-
-    none = jnp.zeros_like(above)
-    above, ties = lax.cond(_count(above) >= k, lambda: (above, none), with_ties)
+    bound = lax.top_k(sample, rank)[0].min()
     capacity = min(k + k // 2 + 512, x.size)
-    listed, count = _first_set_bits(capacity, above, ties)
-    magnitudes = jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
-    exact = lambda: listed[_bisect_top_k(magnitudes, k)]
-    found = (count >= k) & (_count(above) <= capacity)
-    return lax.cond(found, exact, lambda: lax_top_k(x, k))
+    listed, count = _first_set_bits(_pack(jnp.abs(x) > bound), capacity)
+    magnitudes = lambda: jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
+    exact = lambda: listed[_bisect_top_k(magnitudes(), k)]
+
+    def tied():
+        # Counted as bits, of which the CPU takes none for zero, as it does with the tiniest floats.
+        bits, bound_bits = (lax.bitcast_convert_type(y, jnp.int32) for y in (_magnitudes(x), bound))
+        equal, num_equal = _first_set_bits(_pack(bits == bound_bits), k)
+        slots = jnp.arange(k)
+        largest = jnp.where(slots < count, listed[:k], equal[jnp.maximum(slots - count, 0)])
+        found = (count < k) & (count + num_equal >= k) & ((bits > bound_bits).sum() == count)
+        return lax.cond(found, lambda: largest, lambda: lax_top_k(x, k))
+
+    return lax.cond((count >= k) & (count <= capacity), exact, tied)
 
 
 def approximate_top_k(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,17 +110,21 @@ def approximate_top_k(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.A
 def _approximate(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
     min_count = math.ceil(MIN_FILL * k)
     magnitudes, bound = jnp.abs(x), threshold.astype(x.dtype)
+    large, count = _first_set_bits(_pack(magnitudes >= bound), k)
     # At most k of the first 2 k entries are large, so the others fill every gap, NaN aside.
-    large, others = _pack(magnitudes >= bound), _pack(magnitudes[: 2 * k] < bound)
-    found, total = _first_set_bits(k, large, others)
-    count = _count(large)
-    fits = (count >= min_count) & (count <= k) & (total >= k)
+    others, num_others = _first_set_bits(_pack(magnitudes[: 2 * k] < bound), k - min_count)
+    fits = (count >= min_count) & (count <= k) & (num_others >= k - count)
+
+    def reuse():
+        slots = jnp.arange(k)
+        fill = others[jnp.maximum(slots - count, 0)] if min_count < k else large
+        return jnp.where(slots < count, large, fill), threshold, count
 
     def renew():
         indices = magnitude_top_k(x, k)
         return indices, jnp.abs(x[indices]).min().astype(jnp.float32), jnp.int32(k)
 
-    indices, threshold, count = lax.cond(fits, lambda: (found, threshold, count), renew)
+    indices, threshold, count = lax.cond(fits, reuse, renew)
     correction = (count.astype(jnp.float32) / (_AIMED_FILL * k)) ** _CORRECTION
     return indices, threshold * correction
 
@@ -156,7 +160,9 @@ def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
     start = jnp.int32(1 << 30), jnp.int32(0), (bits >= 0).sum()
     threshold = lax.while_loop(undecided, decide_bit, start)[1]
     # Everything above the threshold, then what equals it in order of index, until k are full.
-    return _first_set_bits(k, _pack(bits > threshold), _pack(bits == threshold))[0]
+    above, equal = _pack(bits > threshold), _pack(bits == threshold)
+    indices, _ = _first_set_bits(jnp.concatenate([above, equal]), k)
+    return indices % (above.size * _WORD)
 
 
 def _pack(mask: jax.Array) -> jax.Array:
@@ -165,19 +171,15 @@ def _pack(mask: jax.Array) -> jax.Array:
     return (lanes << jnp.arange(_WORD, dtype=jnp.uint32)[None]).sum(1, dtype=jnp.uint32)
 
 
-_count = lambda words: lax.population_count(words).sum(dtype=jnp.int32)
-
-
-def _first_set_bits(count: int, *masks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions of the first ``count`` set bits, ascending, of one mask after another, all from
-    entry 0 on, and how many are set in all. Positions past that are in range, and meaningless."""
-    words = jnp.concatenate(masks)
+def _first_set_bits(words: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Positions of the first ``count`` set bits, ascending, and how many are set in all. Positions
+    past that number are in range, and meaningless."""
     ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
     slots = jnp.arange(count, dtype=jnp.int32)
     word = jnp.searchsorted(ends, slots, side="right").astype(jnp.int32)
     word = jnp.minimum(word, words.size - 1)
     rank = slots - jnp.where(word > 0, ends[word - 1], 0)
-    return word % masks[0].size * _WORD + _bit_of_rank(words[word], rank), ends[-1]
+    return word * _WORD + _bit_of_rank(words[word], rank), ends[-1]
 
 
 def _bit_of_rank(words: jax.Array, rank: jax.Array) -> jax.Array:

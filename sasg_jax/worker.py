@@ -111,17 +111,19 @@ def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
     """Whether p = γ g + e is finite, for a worker that acts. A residual is finite, and far from the
     largest numbers where it moves by small ones: p need be made and looked at only where nobody has
     seen that g is far from them, or in half precision."""
-    look = lambda: all_finite(method.feedback.before(scale(rate, direction), memory))
-    half = any(float(jnp.finfo(x.dtype).max) < 1e30 for x in jax.tree.leaves(direction))
-    if half or (sound is None and not jax.tree.leaves(memory)):
-        return look()
-    sound = jnp.isfinite(squared_norm(direction)) if sound is None else sound
+    if any(float(jnp.finfo(x.dtype).max) < 1e30 for x in jax.tree.leaves(direction)):
+        sound = jnp.asarray(False)
+    elif sound is None:
+        sound = jnp.isfinite(squared_norm(direction))
     if rate is not None:
         sound &= jnp.abs(rate) <= LARGEST_RATE
+    look = lambda: all_finite(method.feedback.before(scale(rate, direction), memory))
     return jax.lax.cond(for_all(sound | ~acts), lambda: jnp.asarray(True), look)
 
 
-def worker_half_with_mean(method, worker, server, direction, params, *, index, present, mean):
+def worker_half_with_mean(
+    method: Method, worker, server, direction, params, *, index, present, mean
+):
     """As :func:`worker_half`, for a compressor that takes means over workers in its middle; who is
     refused or absent adds zeros. The message is the mean, decoded and like ``params``."""
     assert method.compressor.compress_mean is not None
