@@ -17,7 +17,20 @@ from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
 from sasg_jax.feedback import Feedback, Reconstruction, Residual, none, reconstruction, residual
 from sasg_jax.ledger import Ledger
 from sasg_jax.method import Method, Parts, make_method
-from sasg_jax.rules import Decision, Round, Rule, View, always, every, innovation, released_alpha
+from sasg_jax.rules import (
+    Decision,
+    Round,
+    Rule,
+    View,
+    always,
+    direction_change,
+    every,
+    held_rate,
+    innovation,
+    message_share,
+    released_alpha,
+    residual_norm,
+)
 from sasg_jax.server import init_server, server_half
 from sasg_jax.state_axes import per_worker, stack_workers, worker_axes, worker_specs
 from sasg_jax.states import (
@@ -44,10 +57,11 @@ __all__ = [
     "Evaluation", "Exchange", "Feedback", "Ledger", "Links", "MessageSize", "Method", "Needs",
     "Parts", "PipelineState", "Post", "Reconstruction", "Residual", "Round", "RoundInfo", "Rule",
     "ServerState", "Traffic", "TrainState", "TrainStep", "Transformation", "View", "WorkerState",
-    "aggregate", "always", "compressed_sgd", "diagnostics", "every", "exchanges", "gradient",
-    "identity", "init_server", "init_worker", "innovation", "lasg", "local_steps", "make_method",
-    "make_train_step", "mean_model_state", "none", "on_devices", "on_mesh", "per_worker",
-    "pipeline", "plain", "reconstruction", "released_alpha", "residual", "sasg", "server_half",
-    "sgd", "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k", "worker_axes",
-    "worker_half", "worker_round", "worker_specs",
+    "aggregate", "always", "compressed_sgd", "diagnostics", "direction_change", "every",
+    "exchanges", "gradient", "held_rate", "identity", "init_server", "init_worker", "innovation",
+    "lasg", "local_steps", "make_method", "make_train_step", "mean_model_state", "message_share",
+    "none", "on_devices", "on_mesh", "per_worker", "pipeline", "plain", "reconstruction",
+    "released_alpha", "residual", "residual_norm", "sasg", "server_half", "sgd", "simulate",
+    "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k", "worker_axes", "worker_half",
+    "worker_round", "worker_specs",
 ]

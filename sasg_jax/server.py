@@ -140,5 +140,6 @@ def finish(method: Method, server: ServerState, kept: Kept, down: PyTree, params
         step = compressor.decompress(down, params, key)
     finite = all_finite([x for x in jax.tree.leaves(down) if jnp.issubdtype(x.dtype, jnp.floating)])
     step = jax.tree.map(lambda x: jnp.where(finite, x, 0), step)
-    number, rule = jnp.asarray(optax.safe_increment(server.round)), method.rule.end(shared, round)
+    number = jnp.asarray(optax.safe_increment(server.round))
+    rule = method.rule.end(shared, round, step)
     return step, ServerState(*kept, rule, finite, threshold, number)

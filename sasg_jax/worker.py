@@ -69,16 +69,23 @@ def worker_half(
     threshold, shared = method.rule.begin(server.rule, round)
     cap = method.rule.max_staleness
     forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
+    rate, feedback, keys = round.learning_rate, method.feedback, method.keys(server.round, index)
+    pending = lambda: feedback.before(scale(rate, direction), worker.feedback)
+    remainder = lambda: _compress(method, worker.compressor_memory, pending(), keys).remainder
     own = worker.feedback, worker.staleness, worker.rule
     rest = shared, threshold, forced, _missing if reevaluate is None else reevaluate
-    decision = method.rule.decide(View(round, index, direction, *own, *rest))
+    decision = method.rule.decide(View(round, index, direction, *own, *rest, pending, remainder))
     wants = present & (forced | decision.upload)
     acts = present if method.keeps else wants
-    rate, feedback = round.learning_rate, method.feedback
     fits = _fits(method, acts, decision.sound, direction, worker.feedback, rate)
     uploaded = wants & fits
-    carried = worker.feedback, worker.compressor_memory, worker.rule
-    operands = direction, params, rate, method.keys(server.round, index)
+    rule_memory = worker.rule
+    if decision.memory is not None:
+        decided = present & (fits | ~acts)
+        take = lambda new, old: jnp.where(decided, new, old)
+        rule_memory = jax.tree.map(take, decision.memory, rule_memory)
+    carried = worker.feedback, worker.compressor_memory, rule_memory
+    operands = direction, params, rate, keys
     send = functools.partial(_send, method)
     carried, message = update_if(uploaded, send, carried, *operands)
     if method.keeps:
@@ -98,13 +105,17 @@ def _send(method: Method, carried, direction, params, learning_rate, keys):
     compressor, feedback = method.per_link(method.compressor), method.feedback
     memory, compressor_memory, rule_memory = carried
     p = feedback.before(scale(learning_rate, direction), memory)
-    key = method.compressor_key(compressor, keys)
-    compressed = compressor.compress(p, compressor_memory, key)
+    compressed = _compress(method, compressor_memory, p, keys)
     shared = lambda: method.decoder_key(compressor, keys)
     decoded = lambda: compressor.decompress(compressed.message, p, shared())
     memory = feedback.after(memory, compressed, decoded)
     rule_memory = method.rule.sent(rule_memory, params, direction, learning_rate)
     return (memory, compressed.memory, rule_memory), compressed.message
+
+
+def _compress(method, memory, p, keys) -> Compressed:
+    compressor = method.per_link(method.compressor)
+    return compressor.compress(p, memory, method.compressor_key(compressor, keys))
 
 
 def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:

@@ -7,7 +7,8 @@ the server) their last message. In round t (`train`)
 1. a worker computes its direction ``g`` at ``w_t``, e.g. a gradient;
 2. it decides whether to upload: always, in turn (`in_turn`), or by rule (6): it computes ``g'`` at
    ``w_s`` on the same batch and stays silent when ``||g - g'||^2`` is at most the threshold
-   (`stays_silent`), unless it must upload (`must_upload`);
+   (`stays_silent`), unless it must upload (`must_upload`); or by comparing two things of the same
+   unit (`ratio`), with a bound that is given or that it finds itself (`Measured`);
 3. one that uploads sends ``C(gamma g + beta e)`` and keeps the rest, or sends ``C(gamma g - h)``
    and adds it to ``h`` (`upload`);
 4. the server steps with the mean of what everybody counts as (`server_step`), and what follows the
@@ -64,6 +65,17 @@ class Message:
     margin: float = np.inf  # see `Trace`
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A rule that compares a `ratio` with theta, or with a bound of its own that holds a rate."""
+
+    what: str  # "innovation", "message_share", "residual_norm" or "direction_change"
+    theta: float = 0.0
+    max_staleness: int = 4  # a turn, and the latest that a worker uploads
+    rate: float | None = None  # uploads per round that the worker's own bound is moved to hold
+    gain: float = 0.3
+
+
 @dataclass
 class Worker:
     """One worker's state, and the server's memory of its last message."""
@@ -74,6 +86,8 @@ class Worker:
     last_upload: int  # round s
     last_rate: np.float32  # gamma_s
     message: Message
+    last_direction: Tree  # of the last upload
+    log_bound: np.float32 | None = None  # where a rate is held; None before anything is measured
 
 
 def train(
@@ -86,6 +100,7 @@ def train(
     density: float | None = None,
     alpha: Weights | Callable[[float], Weights] | None = None,
     turn: tuple[int, bool] | None = None,
+    measured: Measured | None = None,
     max_staleness: int = 10,
     history: int = 10,
     silence: str | None = None,
@@ -107,7 +122,8 @@ def train(
       density: kept fraction k/d of an upload; None sends everything.
       alpha: weight of a step in the threshold, or ``history`` of them (nearest step first), or a
         function of gamma returning either; with None rule (6) is not used.
-      turn: a period, and whether workers are staggered; with neither everybody always uploads.
+      turn: a period, and whether workers are staggered.
+      measured: a rule that measures something else. With none of the three everybody uploads.
       max_staleness: a worker this stale uploads, by rule (6).
       history: D, the steps that the threshold looks back on and the rounds that all upload in.
       silence: what one that sends nothing counts as: its last message ("reuse"), nothing ("keep",
@@ -124,9 +140,18 @@ def train(
     M, D = num_workers, history
     silence = silence or ("keep" if alpha is None else "reuse")
     cap = 1 if alpha is None else max_staleness
+    cap = cap if measured is None else measured.max_staleness
     empty = compress(zeros_like(params), None)
     workers = [
-        Worker(zeros_like(params), zeros_like(params), params, -cap, np.float32(0), empty)
+        Worker(
+            zeros_like(params),
+            zeros_like(params),
+            params,
+            -cap,
+            np.float32(0),
+            empty,
+            zeros_like(params),
+        )
         for _ in range(M)
     ]
     downlink_residual = zeros_like(params)
@@ -135,6 +160,7 @@ def train(
     staleness = np.zeros((rounds, M), int)
     threshold = np.zeros(rounds + D, np.float32)  # every step adds to the D rounds after it
     params_history = [params]
+    squared_steps = [np.float32(0)] * D
     margin = np.inf
 
     for t in range(rounds):
@@ -153,6 +179,17 @@ def train(
                 innovation[t, m] = squared_norm(subtract(g, grad(m, t, worker.stale_params)))
                 silent = stays_silent(innovation[t, m], threshold[t])
                 margin = min(margin, relative_gap(innovation[t, m], threshold[t]))
+            if measured is not None:
+                p = pending(worker, scaled(gamma, g), feedback, decay)
+                found = ratio(measured.what, worker, g, p, squared_steps, density, scope, M)
+                if measured.what == "innovation":
+                    found = ratio_of(
+                        squared_norm(subtract(g, grad(m, t, worker.stale_params))), squared_norm(g)
+                    )
+                due = staleness[t, m] >= cap or in_turn(t, m, cap, True)
+                silent, gap = holds_back(worker, measured, found, staleness[t, m] >= cap, due)
+                innovation[t, m] = found if measured.rate is not None or not due else 0
+                margin = min(margin, gap)
             if silent:
                 if silence == "keep":
                     worker.residual = add(scaled(gamma, g), scaled(decay, worker.residual))
@@ -160,7 +197,7 @@ def train(
             uploaded[t, m] = True
             upload(worker, scaled(gamma, g), feedback, decay, density, scope, M)
             margin = min(margin, worker.message.margin)
-            worker.stale_params, worker.last_upload = params, t
+            worker.stale_params, worker.last_upload, worker.last_direction = params, t, g
             worker.last_rate = gamma if rate is not None else np.float32(0)
 
         step, downlink_residual, down_margin = server_step(
@@ -172,6 +209,7 @@ def train(
             M,
         )
         margin = min(margin, down_margin)
+        squared_steps = [*squared_steps[1:], squared_norm(step)]
         step = after(step)
         old, params = params, subtract(params, step)
         params_history.append(params)
@@ -183,7 +221,7 @@ def train(
         params=params,
         uploaded=uploaded,
         innovation=innovation,
-        threshold=threshold[:rounds],
+        threshold=threshold[:rounds] if measured is None else np.full(rounds, measured.theta),
         staleness=staleness,
         residuals=[worker.residual for worker in workers],
         reconstructions=[worker.reconstruction for worker in workers],
@@ -215,6 +253,55 @@ def must_upload(
     return t < history or staleness >= max_staleness or bool(rate_fell)
 
 
+def ratio(
+    what: str,
+    worker: Worker,
+    g: Tree,
+    p: Tree,
+    squared_steps: list[np.float32],
+    density: float | None,
+    scope: str,
+    num_workers: int,
+) -> np.float32:
+    """What a `Measured` rule compares, but for the innovation."""
+    if what == "message_share":
+        rest = subtract(p, decode(compress(p, density, scope, num_workers), p))
+        return ratio_of(squared_norm(p) - squared_norm(rest), squared_norm(p))
+    if what == "residual_norm":
+        mean = sum(squared_steps) / np.float32(len(squared_steps))
+        return ratio_of(squared_norm(p), np.float32(mean * num_workers**2))
+    return ratio_of(squared_norm(subtract(g, worker.last_direction)), squared_norm(g))
+
+
+def ratio_of(a: np.float32, b: np.float32) -> np.float32:
+    """a / b; 0 where both are zero, and infinite where b alone is."""
+    return np.float32(0) if a == 0 else a / b if b != 0 else np.float32(np.inf)
+
+
+def holds_back(
+    worker: Worker, rule: Measured, found: np.float32, is_stale: bool, is_due: bool
+) -> tuple[bool, float]:
+    """Whether a worker is silent by a `Measured` rule, and how close it was. One that holds a rate
+    moves its bound, and has no turn."""
+    if rule.rate is None:
+        return (
+            (False, np.inf)
+            if is_due
+            else (bool(found <= rule.theta), relative_gap(found, np.float32(rule.theta)))
+        )
+    log = np.log(max(found, np.finfo(np.float32).tiny))
+    silent, gap = False, np.inf
+    if worker.log_bound is not None and not is_stale:
+        silent = bool(log <= worker.log_bound)
+        gap = abs(float(log - worker.log_bound))
+    if worker.log_bound is None:
+        if not 0 < found < np.inf:
+            return silent, gap
+        worker.log_bound = log
+    worker.log_bound = np.float32(worker.log_bound + rule.gain * ((not silent) - rule.rate))
+    return silent, gap
+
+
 def stays_silent(innovation: np.float32, threshold: np.float32) -> bool:
     """Rule (6), for a worker that is free to skip: little news compared with the recent steps."""
     return bool(innovation <= threshold)
@@ -244,17 +331,20 @@ def upload(
     num_workers: int,
 ) -> None:
     """Makes the worker's message of x = gamma g, and keeps what its feedback keeps."""
-    p = x
-    if feedback == "residual":
-        p = add(x, scaled(decay, worker.residual))
-    elif feedback == "reconstruction":
-        p = subtract(x, worker.reconstruction)
+    p = pending(worker, x, feedback, decay)
     worker.message = compress(p, density, scope, num_workers)
     sent = decode(worker.message, p)
     if feedback == "residual":
         worker.residual = subtract(p, sent)
     elif feedback == "reconstruction":
         worker.reconstruction = add(worker.reconstruction, sent)
+
+
+def pending(worker: Worker, x: Tree, feedback: str, decay: float) -> Tree:
+    """Of what a message is made."""
+    if feedback == "residual":
+        return add(x, scaled(decay, worker.residual))
+    return subtract(x, worker.reconstruction) if feedback == "reconstruction" else x
 
 
 def counted(

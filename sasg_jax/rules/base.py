@@ -38,6 +38,11 @@ class View(NamedTuple):
     reevaluate: Callable[[PyTree], PyTree]
     """``direction = reevaluate(params)``: the direction at other parameters, on the same batch with
     the same randomness. Takes as long as the first."""
+    pending: Callable[[], PyTree]
+    """``p = pending()``: of what a message would be made, e.g. γ g + e. Like params."""
+    remainder: Callable[[], PyTree]
+    """``rest = remainder()``: what such a message would leave out of p. Takes as long as making the
+    message."""
 
 
 class Decision(NamedTuple):
@@ -48,6 +53,9 @@ class Decision(NamedTuple):
     sound: jax.Array | None = None
     """Whether it has seen that the squares of the direction are finite; None if it has not looked.
     Saves looking once more. shape=(), dtype=jnp.bool_"""
+    memory: PyTree | None = None
+    """The rule's own on this worker after this round, in which it takes part and is not refused,
+    and before :attr:`Rule.sent`; None leaves it as it was."""
 
 
 _no_threshold = lambda shared, *round: (jnp.zeros((), jnp.float32), shared)
@@ -60,6 +68,7 @@ class Rule:
     Args:
       decide: ``decision = decide(view)``. A comparison should let NaN upload: what is then sent is
         looked at, and refused if it is not finite.
+      measure: how much there is to say, for :func:`sasg_jax.held_rate`. At least 0.
       max_staleness: an upload is forced when the last is this many rounds back, and at the start.
       silence: what a silent worker counts as by default, one of :data:`SILENCES`.
       init_worker: ``memory = init_worker(params)``: its memory on a worker, before the first round.
@@ -67,16 +76,18 @@ class Rule:
       begin: ``threshold, shared = begin(shared, round)``, before anybody decides. Here the step
         that the last round made in the end can be seen in the parameters.
       sent: ``memory = sent(memory, params, direction, learning_rate)``, on a worker that uploads.
-      end: ``shared = end(shared, round)``, when all have decided."""
+      end: ``shared = end(shared, round, step)``, when all have decided: ``step`` is the server's,
+        like params and in the unit of directions, or of γ g where there is a rate."""
 
     name: str  # in errors, with its settings
     decide: Callable[[View], Decision]
     max_staleness: int | None = None
     always: bool = False  # everybody uploads in every round, so that nobody need tell
+    measure: Callable[[View], jax.Array] | None = None
     silence: str = "reuse"
     needs_learning_rate: bool = False  # it reads Round.learning_rate
     init_worker: Callable[[PyTree], PyTree] = lambda params: ()
     init_shared: Callable[[PyTree], PyTree] = lambda params: ()
     begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = _no_threshold
     sent: Callable[[PyTree, PyTree, PyTree, Any], PyTree] = lambda memory, *upload: memory
-    end: Callable[[PyTree, Round], PyTree] = lambda shared, round: shared
+    end: Callable[[PyTree, Round, PyTree], PyTree] = lambda shared, round, step: shared

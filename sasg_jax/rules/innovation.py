@@ -14,9 +14,13 @@ from sasg_jax.control_flow import for_all, zero_after
 from sasg_jax.numerics import PyTree, squared_distance, squared_distance_if_sound
 from sasg_jax.rules.base import Decision, Round, Rule, View
 from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
+from sasg_jax.rules.relative import relative_innovation
 
 Alpha = float | Sequence[float] | jax.Array
 AlphaFn = Callable[[Any], Any]
+
+THETA, MAX_STALENESS = 0.1, 4
+"""The defaults of the form without an alpha."""
 
 
 class StaleParams(NamedTuple):
@@ -36,36 +40,57 @@ class StepHistory(NamedTuple):
 
 
 def innovation(
-    alpha: Alpha | AlphaFn,
+    alpha: Alpha | AlphaFn | None = None,
     *,
-    max_staleness: int = 10,
-    history: int = 10,
+    theta: float | None = None,
+    max_staleness: int | None = None,
+    history: int | None = None,
     share_stale_params: bool = False,
 ) -> Rule:
-    r"""The paper's rule (6): a worker uploads when its gradient has changed enough.
+    r"""A worker uploads when its gradient has changed enough since its last upload.
 
-    Worker m stays silent in round t when
+    Without an ``alpha``, by a part of itself, whatever the units:
+
+    .. math:: \|g - g'\|^2 > \theta \|g\|^2
+
+    Here g and g' are its gradients at the current parameters and at those of its last upload, on
+    the same batch. It also uploads in its turn: worker m in rounds t with ``(t + m) %
+    max_staleness == 0``, where g' is not asked for. Meanwhile its direction goes into its residual.
+
+    With one, by the paper's rule (6): worker m stays silent in round t when
 
     .. math::
         \|g - g'\|^2 \le \frac{1}{M^2} \sum_{d=1}^{D} \alpha_d \|w_{t+1-d} - w_{t-d}\|^2
 
-    and its staleness is below ``max_staleness`` and at least D rounds have passed. Here g and g'
-    are its gradients at the current parameters and at those of its last upload, on the same batch;
-    where every upload is forced, g' is not asked for. Where the learning rate is below half of what
-    it was at the worker's last upload, or zero, it uploads, too: the server would apply a message
-    of the old rate again. ValueError for an argument out of range.
+    and its staleness is below ``max_staleness`` and at least D rounds have passed. Where every
+    upload is forced, g' is not asked for. Where the learning rate is below half of what it was at
+    the worker's last upload, or zero, it uploads, too: the server would apply a message of the old
+    rate again.
+
+    ValueError for an argument out of range, or of the other form.
 
     Args:
+      theta: θ, at least 0; larger means fewer uploads.
       alpha: the weights α_d. A number, ``history`` numbers (the first weighs the newest step), or a
         function of the learning rate that returns either; larger means fewer uploads.
         :func:`released_alpha` is the authors' choice. A step made at a learning rate for which it
         is not finite weighs nothing.
-      max_staleness: an upload is forced when the last one is this many rounds back.
-      history: D, the past steps that the threshold sums over; the first D rounds force uploads.
+      max_staleness: an upload is forced when the last one is this many rounds back; by default 4,
+        with an alpha 10.
+      history: D, the past steps that the threshold of (6) sums over; the first D rounds force
+        uploads. By default 10.
       share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
         in place of a copy for each worker: less memory where a device simulates more workers."""
-    history = check_int("history", history, minimum=1)
-    max_staleness = check_int("max_staleness", max_staleness, minimum=1)
+    if alpha is None:
+        require(history is None, "history", history, "to be None without an alpha")
+        theta = THETA if theta is None else theta
+        cap = MAX_STALENESS if max_staleness is None else max_staleness
+        return relative_innovation(theta, max_staleness=cap, share_stale_params=share_stale_params)
+    require(theta is None, "theta", theta, "to be None with an alpha, which has its own threshold")
+    history = check_int("history", 10 if history is None else history, minimum=1)
+    max_staleness = check_int(
+        "max_staleness", 10 if max_staleness is None else max_staleness, minimum=1
+    )
     check_bool("share_stale_params", share_stale_params)
     if not callable(alpha):
         _check_alpha(alpha, history)
@@ -87,22 +112,22 @@ def innovation(
         steps = shared.history + shared.step_weights * moved / round.num_workers**2
         return steps[0], shared._replace(history=jnp.append(steps[1:], 0.0))  # one round on
 
+    def measure(view: View) -> jax.Array:
+        stale_params = view.memory.stale_params
+        if share_stale_params:
+            uploaded_in = view.round.number - view.staleness
+            stale_params = read_recent(view.shared.recent_params, uploaded_in)
+        return squared_distance_if_sound(view.direction, view.reevaluate(stale_params))
+
     def decide(view: View) -> Decision:
         forced = view.forced | (view.round.number < history)
         if (rate := view.round.learning_rate) is not None:
             forced |= (rate == 0) | (rate < 0.5 * view.memory.learning_rate)
         if max_staleness == 1:
             return Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
-
-        def measure():
-            stale_params = view.memory.stale_params
-            if share_stale_params:
-                uploaded_in = view.round.number - view.staleness
-                stale_params = read_recent(view.shared.recent_params, uploaded_in)
-            return squared_distance_if_sound(view.direction, view.reevaluate(stale_params))
-
         # Not NaN in place of what is not measured: jax_debug_nans would report it.
-        found = jax.lax.cond(for_all(forced), lambda: jnp.full((), jnp.inf, jnp.float32), measure)
+        skip = lambda: jnp.full((), jnp.inf, jnp.float32)
+        found = jax.lax.cond(for_all(forced), skip, lambda: measure(view))
         measured = jnp.where(forced, 0, found)
         # Written so that an innovation that is not a number uploads.
         return Decision(forced | ~(measured <= view.threshold), measured, jnp.isfinite(found))
@@ -111,7 +136,7 @@ def innovation(
         rate = jnp.zeros(()) if learning_rate is None else learning_rate
         return own(params, rate.astype(jnp.float32))
 
-    def end(shared: StepHistory, round: Round):
+    def end(shared: StepHistory, round: Round, step: PyTree):
         # Written after the newest is read for the threshold: else the compiler copies them all.
         now = round.number + zero_after(shared.history)
         recent = write_recent(shared.recent_params, round.params, now)
@@ -122,6 +147,7 @@ def innovation(
     return Rule(
         name=f"innovation(max_staleness={max_staleness}, history={history}{sharing})",
         decide=decide,
+        measure=measure if max_staleness > 1 else None,
         max_staleness=max_staleness,
         needs_learning_rate=callable(alpha),
         init_worker=lambda params: own(params, jnp.zeros((), jnp.float32)),
