@@ -20,13 +20,22 @@ class Config:
     batch_size: int = 10  # samples per worker and round
     decay_iterations: tuple[int, ...] = ()  # rounds at which γ is divided by ten
     density: float = 0.01
-    max_staleness: int = 10
+    scope: str | None = None
+    """Where the largest entries are chosen, in each ``"tensor"`` or the ``"tree"``; None: as the
+    method has it."""
+    max_staleness: int | None = None  # None: as the rule has it
     history: int = 10  # D
+    period: int = 8  # of turns
+    theta: float | None = None  # of the rule without an alpha; None: as the rule has it
+    optimizer: str | None = None
+    """What steps with the mean, one of :data:`experiments.methods.OPTIMIZERS`; None: SGD with the
+    learning rate inside the compressor, as in the paper."""
     augment: bool = False  # random crops of images padded by 4 pixels, and horizontal flips
     partition: str = "iid"  # ``"iid"`` or ``"dirichlet"`` (label skew)
     concentration: float = 0.5  # of the Dirichlet distribution; smaller is more skewed
     exchange: str | None = None
     """How messages travel, one of ``sasg_jax.exchanges.EXCHANGES``; None: what suits the method."""
+    until_target: bool = False  # whether a run ends at the first evaluation at the target
     evaluate_every: int = 100
     rounds_per_call: int = 100
     """Rounds in one call of compiled code, which allocates its memory anew each time."""

@@ -23,36 +23,72 @@ class Method:
     colour: str  # of a palette that is told apart without colour vision
     maker: str  # the name of its function in sasg_jax
     exchanges: tuple[str, ...]  # those that suit it
-    sparse: bool = False  # whether it sends the top k, and so takes a density and a selection
-    alpha: str | None = None
-    """Whose c of ``Config.alpha_c`` its upload rule takes; None: every worker always uploads."""
+    scope: str | None = None
+    """Where it chooses the top k: in each ``"tensor"`` or the ``"tree"``. None: it sends all."""
+    alpha: str | None = None  # whose c of ``Config.alpha_c`` its upload rule takes, of those with α
+    rule: str = "always"  # the name of its rule's function in sasg_jax
     two_way: bool = False  # whether it sends the top k of the step back
 
+    @property
+    def sparse(self) -> bool:
+        """Whether it sends the top k, and so takes a density and a selection."""
+        return self.scope is not None
 
+    @property
+    def compares(self) -> bool:
+        """Whether its rule asks for a second gradient."""
+        return self.rule == "innovation"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Fields of a configuration that can be tuned for it; others make no difference to it."""
+        of_rule = {
+            "always": (),
+            "every": ("period",),
+            "innovation": ("alpha_c" if self.alpha else "theta", "max_staleness"),
+        }
+        sparse = ("density", "scope") if self.sparse else ()
+        return ("learning_rate", "batch_size", *sparse, *of_rule[self.rule])
+
+
+_LAZY: Any = {"rule": "innovation", "alpha": "sasg", "scope": "tensor"}
 METHODS = {
     "sgd": Method("SGD", "#0173b2", "sgd", ("psum", "server")),
-    "sparse": Method("Sparse", "#de8f05", "sparse_sgd", ("gather", "server"), sparse=True),
-    "lasg": Method("LASG", "#029e73", "lasg", ("lazy", "server"), alpha="lasg"),
-    "sasg": Method(
-        *("SASG", "#d55e00", "sasg", ("gather", "lazy", "relay", "server")),
-        sparse=True,
-        alpha="sasg",
+    "sparse": Method("Sparse", "#de8f05", "sparse_sgd", ("gather", "server"), scope="tensor"),
+    "lasg": Method(
+        *("LASG", "#029e73", "lasg", ("lazy", "server")), rule="innovation", alpha="lasg"
+    ),
+    "sasg": Method("SASG", "#d55e00", "sasg", ("gather", "lazy", "relay", "server"), **_LAZY),
+    "turn": Method(
+        *("In turn", "#56b4e9", "turn_sgd", ("gather", "lazy", "relay", "server")),
+        scope="tree",
+        rule="every",
+    ),
+    "sasg_keep": Method(
+        *("SASG, keep", "#5e4fa2", "sasg_keep", ("gather", "lazy", "relay", "server")),
+        scope="tree",
+        rule="innovation",
     ),
     "sparse_two_way": Method(
         *("Sparse, two-way", "#ca9161", "sparse_sgd", ("server", "sharded")),
-        sparse=True,
+        scope="tensor",
         two_way=True,
     ),
     "sasg_two_way": Method(
-        *("SASG, two-way", "#cc78bc", "sasg", ("server", "sharded")),
-        sparse=True,
-        alpha="sasg",
+        *("SASG, two-way", "#cc78bc", "sasg", ("server", "sharded")), **_LAZY, two_way=True
+    ),
+    "turn_two_way": Method(
+        *("In turn, two-way", "#949494", "turn_sgd", ("server",)),
+        scope="tree",
+        rule="every",
         two_way=True,
     ),
 }
-"""The paper's four methods, and Sparse and SASG with a sparse way down."""
+"""The paper's four methods, two that keep, and some with a sparse way down."""
 
-PAPER_METHODS = tuple(name for name, method in METHODS.items() if not method.two_way)
+PAPER_METHODS = ("sgd", "sparse", "lasg", "sasg")
+OPTIMIZERS = ("sgd", "momentum", "adamw")
+"""What may step with the mean, in place of SGD with the learning rate inside the compressor."""
 
 EXCHANGES = ("psum", "gather", "lazy", "relay", "server", "sharded")
 """Names of the library's exchanges, known without importing it."""
@@ -63,6 +99,22 @@ if TYPE_CHECKING:
 else:
     MethodName = Literal[tuple(METHODS)]
     ExchangeName = Literal[EXCHANGES]
+
+
+_WORDS = {
+    "learning_rate": "rate {:g}",
+    "batch_size": "{} images",
+    "scope": "{} scope",
+    "alpha_c": "c {:g}",
+    "period": "period {}",
+    "theta": "θ {:g}",
+    "max_staleness": "staleness {}",
+}
+
+
+def describe_setting(name: str, value: Any) -> str:
+    """A setting for people."""
+    return f"{100 * value:g} %" if name == "density" else _WORDS[name].format(value)
 
 
 def learning_rate(config: Config) -> "optax.ScalarOrSchedule":
@@ -83,21 +135,33 @@ def make_optimizer(
     Where one device simulates all workers, many of them share their stale parameters. ``selection``
     is how those that send the top k find them, see :func:`sasg_jax.top_k`.
     """
+    import optax
+
     import sasg_jax
 
-    method, workers = METHODS[name], config.num_workers
-    options: dict[str, Any] = {"num_workers": workers}
-    if config.exchange is not None:
-        options["exchange"] = config.exchange
+    method, workers, rate = METHODS[name], config.num_workers, learning_rate(config)
+    parts: dict[str, Any] = {"num_workers": workers, "exchange": config.exchange}
+    top: dict[str, Any] = {}
     if method.sparse:
-        options |= {"density": config.density, "selection": selection}
+        top = {"density": config.density, "selection": selection}
+        top["scope"] = config.scope or method.scope
     if method.two_way:
-        options["downlink"] = sasg_jax.top_k(config.density)
+        parts["downlink"] = sasg_jax.top_k(**top)
+    rule: dict[str, Any] = {"period": config.period} if method.rule == "every" else {}
+    if method.compares:
+        cap = config.max_staleness
+        shares = simulated and workers > (cap or 10)
+        rule = {"max_staleness": cap, "share_stale_params": shares}
+        rule |= {"history": config.history} if method.alpha else {"theta": config.theta}
+    rule = {setting: value for setting, value in rule.items() if value is not None}
     if method.alpha:
-        options |= {
-            "max_staleness": config.max_staleness,
-            "history": config.history,
-            "alpha": sasg_jax.released_alpha(config.alpha_c[method.alpha], workers),
-            "share_stale_params": simulated and workers > config.max_staleness,
-        }
-    return getattr(sasg_jax, method.maker)(learning_rate(config), **options)
+        alpha = sasg_jax.released_alpha(config.alpha_c[method.alpha], workers)
+        inside = config.optimizer is None  # where the rule knows the rate
+        rule["alpha"] = alpha if inside else alpha(config.learning_rate)
+    if config.optimizer is None:
+        return getattr(sasg_jax, method.maker)(rate, **top, **rule, **parts)
+    compressor = sasg_jax.top_k(**top) if method.sparse else sasg_jax.identity()
+    aggregate = sasg_jax.aggregate(compressor, getattr(sasg_jax, method.rule)(**rule), **parts)
+    momentum = lambda rate: optax.sgd(rate, momentum=0.9)
+    after = {"sgd": optax.sgd, "momentum": momentum, "adamw": optax.adamw}
+    return sasg_jax.pipeline(aggregate, after[config.optimizer](rate))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     ConfigName = str
 else:
     ConfigName = Literal[tuple(CONFIGS)]
+SCOPE = Literal["tensor", "tree"]
 
 
 def optional(metavar: str, default: str = "the configuration's") -> Any:
@@ -40,6 +41,8 @@ class Options:
     the narrow ones."""
     iterations: Annotated[int | None, optional("INT")] = None
     """Training rounds."""
+    evaluate_every: Annotated[int | None, optional("INT")] = None
+    """Rounds between two evaluations on the test set."""
     num_workers: Annotated[int | None, optional("INT")] = None
     """How many workers compute gradients. Over several processes there is one for each device."""
     exchange: Annotated[ExchangeName | None, optional("|".join(EXCHANGES), "the method's")] = None
@@ -54,8 +57,13 @@ class Options:
     width: Annotated[int | None, optional("INT")] = None
     """Hidden units of the fully connected network, or channels of the ResNet18's first stage (64 in
     the paper; 8 is small enough for a CPU)."""
-    density: Annotated[float | None, optional("FLOAT")] = None
-    """Part of the entries that the sparse methods send, in (0, 1]."""
+    target: Annotated[float | None, optional("FLOAT")] = None
+    """The test accuracy that is to be reached, in (0, 1]."""
+    optimizer: Annotated[
+        Literal["sgd", "momentum", "adamw"] | None,
+        optional("sgd|momentum|adamw", "SGD with the learning rate inside the compressor"),
+    ] = None
+    """What steps with the mean of the workers' messages, which are then of gradients alone."""
     data_dir: Annotated[pathlib.Path | None, optional("DIR", "~/tensorflow_datasets")] = None
     """Where tensorflow-datasets keeps prepared data."""
     archives: Annotated[pathlib.Path | None, optional("DIR", "download them")] = None
@@ -98,16 +106,43 @@ class Compare(Options):
 
     sgd sends every gradient whole; sparse sends the 1 % largest entries and keeps the rest for
     later; lasg sends whole gradients, but only from workers whose gradient has changed enough;
-    sasg does both; sparse_two_way and sasg_two_way also send only 1 % of the step back.
+    sasg does both; in `turn` workers send the 1 % in turns, and sasg_keep also where a gradient has
+    changed by a part of itself: who is silent keeps its gradient for later. The two_way ones also
+    send only 1 % of the step back.
+
+    With several values for an option, e.g. --learning-rates 0.05 0.1 0.2, each method is tuned: all
+    combinations of what it takes are run with the first seed, until they reach the target, and the
+    best of them with the other seeds, which are reported.
 
     Prints a table of what each needed to reach the target accuracy, and writes summary.json, a
-    folder for each run, and curves.png.
+    folder for each run, curves.png, and best.json where methods were tuned.
     """
 
     methods: tuple[MethodName, ...] = PAPER_METHODS
     """Which methods to train."""
     seeds: tuple[int, ...] = (1,)
     """One run of every method for each seed."""
+    pick: Literal["uploads", "bytes", "rounds"] = "uploads"
+    """Of what the best setting takes least until the target, where an option below has several
+    values: bytes are those of both ways."""
+    learning_rates: Annotated[
+        tuple[float, ...], optional("[FLOAT ...]", "the configuration's")
+    ] = ()
+    """γ, for a mean over workers."""
+    alpha_c: Annotated[tuple[float, ...], optional("[FLOAT ...]", "the configuration's")] = ()
+    """c of α = c·M/γ, of the paper's rule (6): lasg, sasg."""
+    density: Annotated[tuple[float, ...], optional("[FLOAT ...]", "0.01")] = ()
+    """Part of the entries that the sparse methods send, in (0, 1]."""
+    scope: Annotated[tuple[SCOPE, ...], optional("[tensor|tree ...]", "the method's")] = ()
+    """Whether these are the largest of each tensor or of all."""
+    batch_size: Annotated[tuple[int, ...], optional("[INT ...]", "the configuration's")] = ()
+    """Examples of each worker in a round."""
+    period: Annotated[tuple[int, ...], optional("[INT ...]", "8")] = ()
+    """Rounds from one turn of a worker to its next: turn."""
+    theta: Annotated[tuple[float, ...], optional("[FLOAT ...]", "the method's")] = ()
+    """The change of a gradient, as a part of it, from which a worker sends: sasg_keep."""
+    max_staleness: Annotated[tuple[int, ...], optional("[INT ...]", "the rule's")] = ()
+    """Rounds after which a worker that compares sends anyway."""
 
 
 @dataclasses.dataclass
@@ -118,6 +153,22 @@ class Run(Options):
     """Which method to train."""
     seed: int = 1
     """Of the initial parameters, the data order and the augmentation."""
+    learning_rate: Annotated[float | None, optional("FLOAT", "the configuration's")] = None
+    """γ, for a mean over workers."""
+    alpha_c: Annotated[float | None, optional("FLOAT", "the configuration's")] = None
+    """c of α = c·M/γ, of the paper's rule (6): lasg, sasg."""
+    density: Annotated[float | None, optional("FLOAT", "0.01")] = None
+    """Part of the entries that the sparse methods send, in (0, 1]."""
+    scope: Annotated[SCOPE | None, optional("tensor|tree", "the method's")] = None
+    """Whether these are the largest of each tensor or of all."""
+    batch_size: Annotated[int | None, optional("INT", "the configuration's")] = None
+    """Examples of each worker in a round."""
+    period: Annotated[int | None, optional("INT", "8")] = None
+    """Rounds from one turn of a worker to its next: turn."""
+    theta: Annotated[float | None, optional("FLOAT", "the method's")] = None
+    """The change of a gradient, as a part of it, from which a worker sends: sasg_keep."""
+    max_staleness: Annotated[int | None, optional("INT", "the rule's")] = None
+    """Rounds after which a worker that compares sends anyway."""
 
 
 TRAINING = {"compare": Compare, "run": Run}

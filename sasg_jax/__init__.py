@@ -8,7 +8,7 @@ rules, feedback, compressors, coders and exchanges, of which :func:`sasg_jax.com
 import importlib.metadata
 
 from sasg_jax import exchanges
-from sasg_jax.algorithms import lasg, sasg, sgd, sparse_sgd
+from sasg_jax.algorithms import lasg, sasg, sasg_keep, sgd, sparse_sgd, turn_sgd
 from sasg_jax.coders import Coder, plain
 from sasg_jax.compressors import Compressed, Compressor, MessageSize, identity, top_k
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
@@ -61,7 +61,7 @@ __all__ = [
     "exchanges", "gradient", "held_rate", "identity", "init_server", "init_worker", "innovation",
     "lasg", "local_steps", "make_method", "make_train_step", "mean_model_state", "message_share",
     "none", "on_devices", "on_mesh", "per_worker", "pipeline", "plain", "reconstruction",
-    "released_alpha", "residual", "residual_norm", "sasg", "server_half", "sgd", "simulate",
-    "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k", "worker_axes", "worker_half",
-    "worker_round", "worker_specs",
+    "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep", "server_half", "sgd",
+    "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k", "turn_sgd",
+    "worker_axes", "worker_half", "worker_round", "worker_specs",
 ]

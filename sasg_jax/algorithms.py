@@ -1,4 +1,5 @@
-r"""The named methods: the paper's four, one grid of compressor and upload rule.
+r"""The named methods: the paper's four, one grid of compressor and upload rule, and two in which a
+silent worker keeps its gradient.
 
 ==========================  =================================  ======================
 .                           send everything (identity)         top-k, error feedback
@@ -7,12 +8,16 @@ every worker, always        :func:`sgd`                        :func:`sparse_sgd
 only when (6) says so       :func:`lasg`                       :func:`sasg`
 ==========================  =================================  ======================
 
+:func:`turn_sgd` and :func:`sasg_keep` choose among all entries of the tree, need no memory on the
+server, and hold at the learning rates that are best for plain SGD, where the paper's rule, which
+applies a silent worker's last message again, does not.
+
 Each is a row of the table of parts, :func:`sasg_jax.compressed_sgd`, by name. Their arguments:
 
 Args:
   learning_rate: γ, a number above 0 or an optax schedule of the round.
   num_workers: M, the size of the mapped axis.
-  density, selection: see :func:`sasg_jax.top_k`.
+  density, scope, selection: see :func:`sasg_jax.top_k`.
   alpha, max_staleness, history, share_stale_params: see :func:`sasg_jax.innovation`. An alpha of
     None is ``released_alpha(0.5, num_workers)``, that is 0.5·M/γ.
   **parts: any others, e.g. downlink, exchange, silence: see :class:`sasg_jax.Parts`.
@@ -27,7 +32,7 @@ import optax
 
 from sasg_jax.compressors import identity, top_k
 from sasg_jax.method import Parts
-from sasg_jax.rules import Rule, always, innovation, released_alpha
+from sasg_jax.rules import Rule, always, every, innovation, released_alpha
 from sasg_jax.rules.innovation import Alpha, AlphaFn
 from sasg_jax.transform import Transformation, compressed_sgd
 
@@ -44,11 +49,12 @@ def sparse_sgd(
     *,
     num_workers: int,
     density: float = 0.01,
+    scope: str = "tensor",
     selection: str = "auto",
     **parts: Unpack[Parts],
 ) -> Transformation:
     """Sparsified SGD with memory: everybody sends the top k in every round."""
-    top = top_k(density, selection=selection)
+    top = top_k(density, scope=scope, selection=selection)
     return compressed_sgd(learning_rate, top, always(), num_workers=num_workers, **parts)
 
 
@@ -74,6 +80,7 @@ def sasg(
     *,
     num_workers: int,
     density: float = 0.01,
+    scope: str = "tensor",
     selection: str = "auto",
     alpha: Alpha | AlphaFn | None = None,
     max_staleness: int = 10,
@@ -92,7 +99,44 @@ def sasg(
             updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
             return optax.apply_updates(params, updates), opt_state"""
     rule = _rule(alpha, num_workers, max_staleness, history, share_stale_params)
-    top = top_k(density, selection=selection)
+    top = top_k(density, scope=scope, selection=selection)
+    return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **parts)
+
+
+def turn_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    density: float = 0.01,
+    scope: str = "tree",
+    selection: str = "auto",
+    period: int = 8,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """Sparse SGD in turns: each worker sends the top k in every ``period``-th round, and keeps what
+    it has not sent. See :func:`sasg_jax.every`."""
+    top = top_k(density, scope=scope, selection=selection)
+    return compressed_sgd(learning_rate, top, every(period), num_workers=num_workers, **parts)
+
+
+def sasg_keep(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    density: float = 0.01,
+    scope: str = "tree",
+    selection: str = "auto",
+    theta: float = 3.0,
+    max_staleness: int = 12,
+    share_stale_params: bool = False,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """Sparse and adaptive SGD that keeps: the top k, in turn and from workers whose gradient has
+    changed by a part of itself. See :func:`sasg_jax.innovation` without an alpha."""
+    rule = innovation(
+        theta=theta, max_staleness=max_staleness, share_stale_params=share_stale_params
+    )
+    top = top_k(density, scope=scope, selection=selection)
     return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **parts)
 
 

@@ -56,6 +56,8 @@ def _make(*parts, **kwargs):
         ((TOP_K, RULE), {}, "residual()", "reuse", "lazy"),
         ((TOP_K, RULE), {"downlink": TOP_K}, "residual()", "reuse", "server"),
         ((TOP_K, TURN), {}, "residual()", "keep", "lazy"),
+        ((TOP_K, sasg_jax.innovation()), {}, "residual()", "keep", "lazy"),
+        ((IDENTITY, sasg_jax.innovation()), {}, "residual()", "keep", "lazy"),
         # What it keeps it must put somewhere, also where nothing is left out.
         ((IDENTITY, TURN), {}, "residual()", "keep", "lazy"),
         ((IDENTITY, TURN), {"silence": "drop"}, "none()", "drop", "lazy"),
@@ -122,6 +124,16 @@ def test_settings_tell_methods_apart():
         _make(TOP_K, sasg_jax.innovation(1.0, max_staleness=9)),
         _make(TOP_K, sasg_jax.innovation(1.0, history=9)),
         _make(TOP_K, sasg_jax.innovation(1.0, share_stale_params=True)),
+        _make(TOP_K, sasg_jax.innovation()),
+        _make(TOP_K, sasg_jax.innovation(max_staleness=10)),
+        _make(TOP_K, sasg_jax.innovation(share_stale_params=True)),
+        _make(TOP_K, sasg_jax.message_share()),
+        _make(TOP_K, sasg_jax.residual_norm()),
+        _make(TOP_K, sasg_jax.residual_norm(history=9)),
+        _make(TOP_K, sasg_jax.direction_change()),
+        _make(TOP_K, sasg_jax.held_rate(0.2, sasg_jax.innovation())),
+        _make(TOP_K, sasg_jax.held_rate(0.3, sasg_jax.innovation())),
+        _make(TOP_K, sasg_jax.held_rate(0.2, sasg_jax.message_share())),
         _make(TOP_K, TURN),
         _make(TOP_K, sasg_jax.every(2, staggered=False)),
         _make(TOP_K, TURN, feedback=sasg_jax.residual(0.9)),
@@ -133,6 +145,8 @@ def test_settings_tell_methods_apart():
     assert len({method.settings for method in methods}) == len(methods)
     # The weights of the threshold may change from one part of a run to the next.
     assert _make(TOP_K, sasg_jax.innovation(2.0)).settings == methods[0].settings
+    one, other = (_make(TOP_K, sasg_jax.innovation(theta=theta)) for theta in (0.1, 0.2))
+    assert one.settings == other.settings
 
 
 # What does not go together ------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import matplotlib.ticker
 import numpy as np
 
 from experiments.methods import METHODS
-from experiments.training.records import Store
+from experiments.training.records import RunFiles
 
 if TYPE_CHECKING:
     from experiments.wire.measure import Measurement
@@ -24,8 +24,8 @@ _PANEL_STYLE: Any = {"font.size": 11.5, "axes.spines.top": False, "axes.spines.r
 _THOUSANDS = matplotlib.ticker.StrMethodFormatter("{x:,.0f}")
 
 
-def plot_curves(store: Store, path: pathlib.Path, title: str) -> None:
-    """Draws every curve of ``store``: test accuracy and training loss, against uploads, against
+def plot_curves(runs: Sequence[RunFiles], path: pathlib.Path, title: str) -> None:
+    """Draws the curves of ``runs``: test accuracy and training loss, against uploads, against
     bytes up, and against bytes both ways. One line for each seed, one colour for each method.
     """
     columns = {
@@ -34,7 +34,7 @@ def plot_curves(store: Store, path: pathlib.Path, title: str) -> None:
         "uplink + downlink bytes": ("uplink_bytes", "downlink_bytes"),
     }
     rows = {"test accuracy": "test_accuracy", "training loss": "train_loss"}
-    done = [(f.about(), f.curve()) for f in store.runs() if f.record() is not None]
+    done = [(files.about(), files.curve()) for files in runs]
     done.sort(key=lambda run: list(METHODS).index(run[0]["method"]))
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), sharey="row", layout="constrained")
     for row, (y_label, key) in enumerate(rows.items()):

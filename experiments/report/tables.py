@@ -7,7 +7,7 @@ import numpy as np
 import rich.box
 from rich.table import Table
 
-from experiments.methods import METHODS
+from experiments.methods import METHODS, describe_setting
 
 
 def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
@@ -54,6 +54,46 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
         accuracy, time = mean(runs, "final_test_accuracy"), mean(runs, "ms_per_iteration")
         table.add_row(method.label, *cells, f"{accuracy:.2%}", f"{time:.2f}")
     table.caption = " ".join(notes)
+    return table
+
+
+def tuned_table(tuned: dict[str, Any]) -> Table:
+    """What each method took at its best, as ``best.json`` has it: means over the reported seeds,
+    uploads with their standard deviation."""
+    seeds, target = tuned["reported_seeds"], tuned["target_accuracy"]
+    table = numbers_table(
+        f"{tuned['config']}: what it took to reach {target:.0%} test accuracy, each at its best",
+        ("Method",),
+        ("Rounds", "Uploads", "Gradients", "Both ways", "Accuracy"),
+    )
+    notes = [
+        f"Best: fewest {tuned['picked_by']} with seed {tuned['picked_with_seed']}. Means over "
+        f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}. Gradients: of each "
+        "worker, at most. Accuracy: at the end of training.",
+    ]
+    for name, found in tuned["methods"].items():
+        label, runs = METHODS[name].label, found["runs"]
+        reached = [run for run in runs if run.get("uploads_at_target") is not None]
+        mean = lambda *keys: float(np.mean([sum(run[key] for key in keys) for run in reached]))  # noqa: B023
+        cells = ["not reached"] + [""] * 3
+        if reached:
+            uploads = [run["uploads_at_target"] for run in reached]
+            spread = f" ± {np.std(uploads, ddof=1):,.0f}" if len(uploads) > 1 else ""
+            cells = [
+                f"{mean('iterations_at_target'):,.0f}",
+                f"{mean('uploads_at_target'):,.0f}{spread}",
+                f"{mean('gradients_at_target'):,.0f}",
+                format_bytes(mean("uplink_bytes_at_target", "downlink_bytes_at_target")),
+            ]
+        ended = [run["accuracy"] for run in runs if "accuracy" in run]
+        accuracy = f"{np.mean(ended):.2%}" if ended else "diverged"
+        table.add_row(label, *cells, accuracy)
+        own = ", ".join(describe_setting(*setting) for setting in found["best"].items())
+        tried = len(found["tried"])
+        notes.append(f"{label}: {own}{f', of {tried} settings' if tried > 1 else ''}.")
+        if len(reached) < len(runs):
+            notes.append(f"{label}: {len(reached)} of {len(runs)} seeds reached the target.")
+    table.caption = "\n".join(notes)
     return table
 
 

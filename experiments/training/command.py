@@ -1,7 +1,9 @@
 """The commands ``compare`` and ``run``: training, in one process or as one of several."""
 
+import contextlib
 import dataclasses
 import datetime
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +15,20 @@ import rich.console
 from experiments import data
 from experiments.configs import CONFIGS, Config
 from experiments.errors import resumable
-from experiments.methods import make_optimizer
+from experiments.methods import METHODS, make_optimizer
 from experiments.options import Compare, Options, Run
 from experiments.processes import cluster
 from experiments.report.figures import plot_curves
-from experiments.report.tables import comparison_table, describe
-from experiments.training import runs
-from experiments.training.records import Store
+from experiments.report.tables import comparison_table, describe, tuned_table
+from experiments.training import grid, runs
+from experiments.training.records import Store, session, write_json
 from experiments.training.train import partition
 
-_LEAST = {"iterations": 1, "num_workers": 1, "width": 1}
+_LEAST = {"iterations": 1, "num_workers": 1, "width": 1, "batch_size": 1, "period": 1}
+_LEAST |= {"evaluate_every": 1}
 _LEAST |= {"seed": 0, "seeds": 0, "checkpoint_seconds": 0, "num_processes": 1}
+_LEAST |= {"max_staleness": 1, "theta": 0, "alpha_c": 0}
+_POSITIVE = "density concentration connect_timeout target learning_rate learning_rates".split()
 
 # What may differ between the processes of a run.
 _OWN = (
@@ -52,9 +57,17 @@ def check(options: Options, devices: int | None = None) -> None:
     for name, values in (("--methods", methods), ("--seeds", seeds)):
         if not values or len(set(values)) != len(values):
             raise ValueError(f"Expected {name} to name one or more, each once, got {values}.")
-    config = configure(options, devices)
+    config, axes = configure(options, devices), grid.axes(options)
+    for axis, values in axes.items():
+        name = grid.option_name(axis).replace("_", "-")
+        if len(set(values)) != len(values):
+            raise ValueError(f"Expected --{name} to have each value once, got {values}.")
+        if not any(axis in METHODS[method].settings for method in methods):
+            takers = [method for method, row in METHODS.items() if axis in row.settings]
+            raise ValueError(f"Expected --{name} only with one of {', '.join(takers)}.")
     for method in methods:
-        make_optimizer(config, method)  # refuses an exchange that it cannot take
+        for tuned in grid.candidates(config, method, axes):
+            make_optimizer(tuned, method)  # refuses an exchange that it cannot take
 
 
 def configure(options: Options, devices: int | None = None) -> Config:
@@ -64,21 +77,28 @@ def configure(options: Options, devices: int | None = None) -> Config:
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
     for name, least in _LEAST.items():
-        if name in given and not np.min(given[name]) >= least:
+        if np.size(given.get(name, ())) and not np.min(given[name]) >= least:
             raise ValueError(f"Expected {_option(name, given[name])} to be at least {least}.")
-    for name in ("density", "concentration", "connect_timeout"):
-        if name in given and not 0 < given[name] < np.inf:
-            raise ValueError(f"Expected {_option(name, given[name])} to be above 0 and finite.")
-    if given.get("density", 0) > 1:
-        raise ValueError(f"Expected --density={options.density} to be at most 1.")
+    for name in _POSITIVE:
+        for value in np.ravel(given.get(name, ())):
+            if not 0 < value < np.inf:
+                raise ValueError(f"Expected {_option(name, value)} to be above 0 and finite.")
+            if name in ("density", "target") and value > 1:
+                raise ValueError(f"Expected {_option(name, value)} to be at most 1.")
     if devices is not None and given.setdefault("num_workers", devices) != devices:
         raise ValueError(
             f"Expected {_option('num_workers', given['num_workers'])} to be the number of devices "
             f"of all processes, {devices}, or not to be given: each has one worker."
         )
-    fields = {field.name for field in dataclasses.fields(Config)}
+    given["target_accuracy"] = given.pop("target", CONFIGS[options.config].target_accuracy)
+    fields = {field.name for field in dataclasses.fields(Config)} - set(grid.AXES)
     changes = {name: value for name, value in given.items() if name in fields}
     config = dataclasses.replace(CONFIGS[options.config], **changes)
+    for axis in grid.AXES:
+        name = grid.option_name(axis) if isinstance(options, Compare) else axis
+        values = np.ravel(given.get(name, ())).tolist()
+        if len(values) == 1:
+            config = grid.with_setting(config, axis, values[0])
     if "+" in config.dataset and config.partition != "iid":
         raise ValueError("Expected --partition=iid with several data sets: each has its workers.")
     return config
@@ -129,7 +149,7 @@ def _train(options: Options, group: cluster.Group | None, arguments: Sequence[st
     is_main = group is None or group.is_main
     methods, seeds = _methods_and_seeds(options)
     config = configure(options, None if group is None else jax.device_count())
-    planned = [runs.Run(config, method, seed) for seed in seeds for method in methods]
+    axes = grid.axes(options)
     now = datetime.datetime.now()
     directory = options.out or pathlib.Path("results") / f"{config.name}-{now:%Y%m%d-%H%M%S}"
     if group is not None:
@@ -145,23 +165,56 @@ def _train(options: Options, group: cluster.Group | None, arguments: Sequence[st
         for seed in seeds:
             partition(config, dataset, source, seed)  # raises for what cannot be dealt out
         with runs.Reporter(console, plain=options.quiet) as reporter:
-            for run in planned:
-                runs.perform(
-                    run,
-                    store,
-                    dataset,
-                    source,
-                    arguments=arguments,
-                    reporter=reporter,
-                    group=group,
-                    checkpoint_seconds=options.checkpoint_seconds,
-                )
+            perform = functools.partial(
+                runs.perform,
+                store=store,
+                dataset=dataset,
+                source=source,
+                arguments=arguments,
+                reporter=reporter,
+                group=group,
+                checkpoint_seconds=options.checkpoint_seconds,
+            )
+            if axes:
+                picks = [_pick(config, method, axes, options, store, perform) for method in methods]
+                shown = [pick.run(seed) for seed in seeds[1:] for pick in picks]
+                shown = shown or [pick.tried[pick.place] for pick in picks]
+            else:
+                picks = []
+                shown = [runs.Run(config, method, seed) for seed in seeds for method in methods]
+            for run in shown:
+                perform(run)
+    if is_main and picks:
+        tuned = grid.report(options, picks, shown, store)
+        write_json(directory / "best.json", {**session(arguments), **tuned})
+        console.print(tuned_table(tuned))
+        console.print(f"Settings: {directory / 'best.json'}", soft_wrap=True)
+    elif is_main:
+        console.print(comparison_table(store.records()))
     if is_main:
-        records = store.records()
-        console.print(comparison_table(records))
+        done = [store.run(run.name) for run in shown] if picks else store.runs()
         figure = directory / "curves.png"
-        plot_curves(store, figure, describe(records[0]))
-        console.print(f"Results: {store.summary_path}\nFigure:  {figure}", soft_wrap=True)
+        plot_curves([files for files in done if files.record()], figure, _title(store, picks))
+        console.print(f"Results:  {store.summary_path}\nFigure:   {figure}", soft_wrap=True)
+
+
+def _title(store: Store, picks: Sequence[grid.Pick]) -> str:
+    return describe(store.records()[0]) + (", each method at its best" if picks else "")
+
+
+def _pick(config, method, axes, options, store, perform) -> grid.Pick:
+    """The best setting of a method, by runs with the first seed that end at the target. One that
+    diverges is not the best."""
+    configs = grid.candidates(config, method, axes)
+    seed, others = options.seeds[0], options.seeds[1:]
+    tried = [runs.Run(dataclasses.replace(c, until_target=True), method, seed) for c in configs]
+    if len(tried) == 1 and others:
+        return grid.Pick(tried, 0)
+    for run in tried:
+        with contextlib.suppress(FloatingPointError):
+            perform(run)
+    records = [store.run(run.name).record() for run in tried]  # which all processes see
+    return grid.Pick(tried, grid.best(records, options.pick))
 
 
 def _load(options: Options, config: Config, group: cluster.Group | None):

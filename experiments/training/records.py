@@ -296,15 +296,20 @@ def session(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _without_effect(spec: Mapping[str, Any]) -> set[str]:
     """Names of what may differ in a run that is the same."""
-    config = spec.get("config", {})
-    own = METHODS[spec["method"]].alpha
-    others = {name for name in config.get("alpha_c", {}) if name != own}
-    return {"config.target_accuracy", *(f"config.alpha_c.{name}" for name in others)}
+    config, row = spec.get("config", {}), METHODS[spec["method"]]
+    others = {name for name in config.get("alpha_c", {}) if name != row.alpha}
+    unused = {name for method in METHODS.values() for name in method.settings} - {*row.settings}
+    return {
+        "config.target_accuracy",
+        *(f"config.alpha_c.{name}" for name in others),
+        *(f"config.{name}" for name in unused),
+    }
 
 
 def _order(about: dict[str, Any]) -> tuple[Any, ...]:
     config = about["config"]
-    return config["name"], about["seed"], list(METHODS).index(about["method"]), config["density"]
+    place = about["seed"], list(METHODS).index(about["method"]), config["density"]
+    return config["name"], *place, config["learning_rate"]
 
 
 def _as_json(content: Any) -> Any:

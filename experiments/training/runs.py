@@ -12,7 +12,7 @@ import rich.progress
 
 from experiments.configs import CONFIGS, Config
 from experiments.data.datasets import Dataset
-from experiments.methods import METHODS
+from experiments.methods import METHODS, describe_setting
 from experiments.processes.cluster import Group
 from experiments.report.tables import format_seconds
 from experiments.training.agreement import digest
@@ -35,19 +35,30 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its folder, unlike that of any other run of the same options."""
-        density = [f"density{self.config.density:g}"] if self._has_own_density else []
-        return "-".join([self.config.name, self.method, *density, f"seed{self.seed}"])
+        own = [f"{name}{_shown(value)}" for name, value in self._own_settings.items()]
+        return "-".join([self.config.name, self.method, *own, f"seed{self.seed}"])
 
     @property
     def label(self) -> str:
         """Its name for people."""
-        density = f" at {100 * self.config.density:g} %" if self._has_own_density else ""
-        return f"{METHODS[self.method].label}{density}, seed {self.seed}"
+        own = ", ".join(describe_setting(*setting) for setting in self._own_settings.items())
+        return f"{METHODS[self.method].label}{f' at {own}' if own else ''}, seed {self.seed}"
+
+    def settings(self, names: Sequence[str]) -> dict[str, Any]:
+        """What the method has of the fields ``names`` of a configuration: of α's c, its own."""
+        row = METHODS[self.method]
+        found = {name: getattr(self.config, name) for name in row.settings if name in names}
+        if "alpha_c" in found:
+            found["alpha_c"] = self.config.alpha_c[str(row.alpha)]
+        return found
 
     @property
-    def _has_own_density(self) -> bool:
-        standard = CONFIGS[self.config.name].density
-        return METHODS[self.method].sparse and self.config.density != standard
+    def _own_settings(self) -> dict[str, Any]:
+        """Those that are not the experiment's."""
+        names = METHODS[self.method].settings
+        standard = Run(CONFIGS[self.config.name], self.method, self.seed).settings(names)
+        here = self.settings(names)
+        return {name: here[name] for name in names if here[name] != standard[name]}
 
     def spec(self, dataset: Dataset, group: Group | None) -> dict:
         """What must be the same for a run that is gone on with."""
@@ -62,6 +73,10 @@ class Run:
             "data": {"name": dataset.name, "sha256": sha256},
             "processes": 1 if group is None else group.count,
         }
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Reporter:

@@ -21,13 +21,16 @@ def test_name_and_decide_are_enough():
     threshold, shared = rule.begin("shared", ROUND)
     assert (float(threshold), shared) == (0, "shared")
     assert rule.sent("memory", ROUND.params, ROUND.params, None) == "memory"
-    assert rule.end("shared", ROUND) == "shared"
+    assert rule.end("shared", ROUND, ROUND.params) == "shared"
     assert (rule.max_staleness, rule.always, rule.needs_learning_rate) == (None, False, False)
+    assert rule.measure is None
     assert rule.silence in SILENCES
 
 
 def test_decision_need_not_say_whether_the_direction_is_sound():
+    """Nor what the rule remembers after it."""
     assert _never(None).sound is None
+    assert _never(None).memory is None
 
 
 def test_positions_are_no_part_of_the_contract():

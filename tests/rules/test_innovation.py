@@ -14,7 +14,8 @@ from sasg_jax.rules.innovation import innovation, released_alpha, weights
 def _thresholds(rule, steps, num_workers, rates=None):
     """The threshold of every round of a run that makes these steps. ``# shape=(T, n)``
 
-    The rule sees them where the parameters of a round begin, whoever has made them.
+    The rule sees them where the parameters of a round begin, whoever has made them; so nothing of
+    the server's.
     """
     rates = np.ones(len(steps)) if rates is None else rates
     paths = np.cumsum(np.concatenate([np.zeros((1, steps.shape[1])), steps]), axis=0)[:-1]
@@ -23,7 +24,7 @@ def _thresholds(rule, steps, num_workers, rates=None):
         t, params, rate = now
         round = Round(params, t, num_workers, rate)
         threshold, shared = rule.begin(shared, round)
-        return rule.end(shared, round), threshold
+        return rule.end(shared, round, jnp.full_like(params, jnp.nan)), threshold
 
     start = rule.init_shared(jnp.zeros(steps.shape[1]))
     rounds = jnp.arange(len(steps)), jnp.float32(paths), jnp.float32(rates)
@@ -111,6 +112,8 @@ def _decide(rule, *, again, threshold=1.0, round=9, staleness=3, rate=None, old_
                 threshold=jnp.float32(threshold),
                 forced=staleness >= rule.max_staleness,
                 reevaluate=reevaluate,
+                pending=lambda: pytest.fail("nobody asked for it"),
+                remainder=lambda: pytest.fail("nobody asked for it"),
             )
         )
 
@@ -196,6 +199,7 @@ def test_what_it_says_of_itself():
     assert (rule.silence, rule.max_staleness, rule.always) == ("reuse", 7, False)
     assert not rule.needs_learning_rate
     assert innovation(lambda rate: rate).needs_learning_rate
+    assert innovation(1.0).name == innovation(1.0, max_staleness=10, history=10).name
 
 
 # The authors' convention --------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def test_released_alpha_by_hand():
 
 
 @pytest.mark.parametrize("name", ["max_staleness", "history"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3", None])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
 def test_caps_below_one(name, value):
     with pytest.raises(
         ValueError, match=rf"^Expected {name}={value!r} to be an integer of at least 1\.$"
@@ -242,10 +246,23 @@ def test_caps_below_one(name, value):
         innovation(1.0, **{name: value})
 
 
+@pytest.mark.parametrize("alpha", [1.0, None])
 @pytest.mark.parametrize("value", [1, None, "yes"])
-def test_sharing_that_is_no_flag(value):
+def test_sharing_that_is_no_flag(value, alpha):
     with pytest.raises(ValueError, match=rf"^Expected share_stale_params={value!r} to be True or "):
-        innovation(1.0, share_stale_params=value)
+        innovation(alpha, share_stale_params=value)
+
+
+@pytest.mark.parametrize("alpha", [1.0, [1.0] * 10, lambda rate: rate], ids=str)
+def test_theta_with_an_alpha(alpha):
+    """Also one that would be the default without."""
+    with pytest.raises(ValueError, match=r"^Expected theta=0\.1 to be None with an alpha, which "):
+        innovation(alpha, theta=0.1)
+
+
+def test_history_without_an_alpha():
+    with pytest.raises(ValueError, match=r"^Expected history=10 to be None without an alpha\.$"):
+        innovation(history=10)
 
 
 @pytest.mark.parametrize("alpha", [[1.0], [1.0] * 4, np.ones((3, 1)), []], ids=repr)
@@ -260,7 +277,7 @@ def test_alpha_that_is_not_a_weight(alpha):
         innovation(alpha, history=3)
 
 
-@pytest.mark.parametrize("alpha", ["large", None, {"a": 1}, [[1.0], [1.0, 2.0], 3.0]], ids=repr)
+@pytest.mark.parametrize("alpha", ["large", {"a": 1}, [[1.0], [1.0, 2.0], 3.0]], ids=repr)
 def test_alpha_of_another_type(alpha):
     with pytest.raises(ValueError, match=r"Expected alpha=.* or a function of the learning rate"):
         innovation(alpha, history=3)

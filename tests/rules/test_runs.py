@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import problems
 import pytest
@@ -14,6 +16,7 @@ from oracle import Measured
 from problems import ALPHA, DENSITY, LEARNING_RATE, M
 
 import sasg_jax
+from sasg_jax.exchanges import shards
 from sasg_jax.states import find_state
 
 ROUNDS = 300
@@ -111,3 +114,112 @@ def test_three_hundred_rounds_are_the_oracles(case):
     close(state.params, want.params)
     residual = find_state(state.opt_state).worker.feedback.residual
     close(residual, jax.tree.map(lambda *xs: np.stack(xs), *want.residuals))
+
+
+# What is kept is conserved ------------------------------------------------------------------------
+
+SHORT = 12
+PRESENT = np.random.default_rng(5).random((SHORT, M)) < 0.8
+ABSENT = {"present": PRESENT}
+
+
+def _adds_up():
+    """What the server's steps come to, in its state; they pass as they are."""
+
+    def update(updates, total, params=None):
+        return updates, jax.tree.map(lambda t, u: t + u.astype(jnp.float32), total, updates)
+
+    zeros = lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return optax.GradientTransformation(zeros, update)
+
+
+def _kept(rule="innovation", exchange="lazy", driver="vmap", optimizer="sgd", **more):
+    return {"rule": rule, "exchange": exchange, "driver": driver, "optimizer": optimizer} | more
+
+
+CONSERVING = [
+    *(_kept(exchange=exchange) for exchange in ("gather", "lazy", "relay", "server")),
+    _kept(exchange="server", two_way=True),
+    _kept(exchange="sharded", two_way=True, driver="shard_map"),
+    _kept(rule="every", optimizer="momentum"),
+    _kept(rule="residual_norm", optimizer="adamw", **ABSENT),
+    _kept(rule="held_innovation", dtype=jnp.bfloat16, **ABSENT),
+]
+SLOW_CONSERVING = [
+    _kept(rule, exchange, driver, two_way=two_way)
+    for rule in ("innovation", "paper", "message_share", "direction_change")
+    for exchange in ("gather", "lazy", "relay", "server", "sharded")
+    for driver in ("vmap", "chunks", "shard_map", "pmap")
+    for two_way in (False, True)
+    if two_way <= (exchange in ("server", "sharded"))
+    and (driver, exchange) != ("chunks", "sharded")
+]
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.02, momentum=0.9),
+    "adamw": optax.adamw(0.01),
+}
+
+
+def _named(case):
+    return "-".join(str(x) for x in case.values() if isinstance(x, str)) + "-two_way" * bool(
+        case.get("two_way")
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*CONSERVING, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CONSERVING)],
+    ids=_named,
+)
+def test_what_is_kept_is_conserved(case):
+    """Σ steps + what the server has left + mean residual = Σ directions, mean over workers: those
+    of who was there."""
+    two_way, dtype = case.get("two_way", False), case.get("dtype", jnp.float32)
+    tx = sasg_jax.pipeline(
+        sasg_jax.aggregate(
+            TOP_K,
+            RULES[case["rule"]].rule,
+            num_workers=M,
+            silence="keep",
+            exchange=case["exchange"],
+            downlink=TOP_K if two_way else None,
+        ),
+        _adds_up(),
+        OPTIMIZERS[case["optimizer"]],
+    )
+    driver = case["driver"]
+    train_step = sasg_jax.make_train_step(
+        problems.quadratic_loss,
+        tx,
+        num_workers=M,
+        driver="vmap" if driver == "chunks" else driver,
+        chunk_size=3 if driver == "chunks" else None,  # with a remainder
+        donate=False,
+    )
+    state = train_step.init(problems.quadratic_params(dtype))
+    centres = jax.tree.map(lambda x: x.astype(dtype), problems.centres(rounds=SHORT))
+    given = jax.tree.map(lambda x: np.zeros(x.shape[1:], np.float64), centres)
+    uploads = 0
+    for t in range(SHORT):
+        present = case["present"][t] if "present" in case else None
+        here = np.ones(M, bool) if present is None else present
+        batch, params = problems.at(centres, t), state.params
+        state, info = jax.block_until_ready(train_step.step(state, batch, present))
+        assert info.finite.all()
+        uploads += int(info.uploaded.sum())
+        for name in given:
+            g = (np.asarray(params[name]) - np.asarray(batch[name])).astype(np.float64)
+            given[name] += g * here.reshape(M, *[1] * (g.ndim - 1))
+    assert uploads < SHORT * M  # or nobody has kept anything
+    ours = find_state(state.opt_state)
+    left = ours.server.downlink_feedback.residual if two_way else None
+    if case["exchange"] == "sharded" and two_way:
+        left = shards.join(left, state.params)
+    total = state.opt_state.after[1]
+    for name in given:
+        got = np.asarray(total[name], np.float64)
+        got += np.asarray(ours.worker.feedback.residual[name], np.float64).mean(0)
+        got += 0 if left is None else np.asarray(left[name], np.float64)
+        tolerance = 1e-5 if dtype == jnp.float32 else 0.1
+        np.testing.assert_allclose(got, given[name].mean(0), rtol=0, atol=tolerance)

@@ -1,0 +1,128 @@
+"""Methods at their best: settings that are tried with one seed, and which of them is best."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.configs import Config
+from experiments.methods import METHODS
+from experiments.options import Compare, Options
+from experiments.training.records import Store
+from experiments.training.runs import Run
+
+AXES = "learning_rate alpha_c density scope batch_size period theta max_staleness".split()
+"""Fields of a configuration that can have several values in a comparison."""
+
+MEASURES = {
+    "uploads": ("uploads",),
+    "bytes": ("uplink_bytes", "downlink_bytes"),
+    "rounds": ("iterations",),
+}
+"""What of a record :func:`best` compares."""
+
+
+def axes(options: Options) -> dict[str, Sequence[Any]]:
+    """The values of each axis for which there are several."""
+    if not isinstance(options, Compare):
+        return {}
+    given = {axis: getattr(options, option_name(axis)) for axis in AXES}
+    return {axis: values for axis, values in given.items() if len(values) > 1}
+
+
+def option_name(axis: str) -> str:
+    """Of an axis, in a comparison."""
+    return "learning_rates" if axis == "learning_rate" else axis
+
+
+def with_setting(config: Config, axis: str, value: Any) -> Config:
+    """``config`` with another value; an α's c is that of all methods that take one."""
+    value = dict.fromkeys(config.alpha_c, value) if axis == "alpha_c" else value
+    return dataclasses.replace(config, **{axis: value})
+
+
+def candidates(config: Config, method: str, axes: Mapping[str, Sequence[Any]]) -> list[Config]:
+    """All combinations of values, of the axes that make a difference to the method."""
+    own = [axis for axis in axes if axis in METHODS[method].settings]
+    found = []
+    for values in itertools.product(*(axes[axis] for axis in own)):
+        tuned = config
+        for axis, value in zip(own, values, strict=True):
+            tuned = with_setting(tuned, axis, value)
+        found.append(tuned)
+    return found
+
+
+class Pick(NamedTuple):
+    """The settings of a method that were tried, and which of them is the best."""
+
+    tried: list[Run]
+    place: int
+
+    def run(self, seed: int) -> Run:
+        """A whole run of the best."""
+        best = self.tried[self.place]
+        return Run(dataclasses.replace(best.config, until_target=False), best.method, seed)
+
+
+def best(records: Sequence[Mapping[str, Any] | None], by: str) -> int:
+    """Which of the records took least of ``by`` to the target, or came nearest to it in the end.
+    None is of a run that diverged."""
+
+    def cost(record: Mapping[str, Any] | None) -> tuple[float, float]:
+        if record is None:
+            return np.inf, 0.0
+        if record["uploads_at_target"] is None:
+            return np.inf, -record["final_test_accuracy"]
+        return sum(record[f"{key}_at_target"] for key in MEASURES[by]), 0.0
+
+    return min(range(len(records)), key=lambda place: cost(records[place]))
+
+
+def report(
+    options: Options, picks: Sequence[Pick], shown: Sequence[Run], store: Store
+) -> dict[str, Any]:
+    """All that was tried, and what the best of each method took with the seeds that are reported,
+    for ``best.json``."""
+    assert isinstance(options, Compare)
+    names = list(axes(options))
+    tried_seed = options.seeds[0]
+    methods = {}
+    for pick in picks:
+        chosen = pick.tried[pick.place]
+        runs = [run for run in shown if run.method == chosen.method]
+        methods[chosen.method] = {
+            "best": chosen.settings(names),
+            "runs": [_outcome(run, store) for run in runs],
+            "tried": [
+                {**run.settings(names), **_outcome(run, store)}
+                for run in pick.tried
+                if store.run(run.name).record() is not None or len(pick.tried) > 1
+            ],
+        }
+    config = picks[0].tried[0].config
+    return {
+        "config": config.name,
+        "target_accuracy": config.target_accuracy,
+        "picked_by": options.pick,
+        "picked_with_seed": tried_seed,
+        "reported_seeds": list(options.seeds[1:] or options.seeds),
+        "methods": methods,
+    }
+
+
+_OUTCOME = "iterations uploads uplink_bytes downlink_bytes".split()
+
+
+def _outcome(run: Run, store: Store) -> dict[str, Any]:
+    """What a run took to its target; ``diverged`` where it has none."""
+    record = store.run(run.name).record()
+    if record is None:
+        return {"seed": run.seed, "diverged": True}
+    taken = {f"{key}_at_target": record[f"{key}_at_target"] for key in _OUTCOME}
+    rounds, row = taken["iterations_at_target"], METHODS[run.method]
+    gradients = rounds and rounds * (2 if row.compares else 1)
+    accuracy = record["final_test_accuracy"]
+    return {"seed": run.seed, **taken, "gradients_at_target": gradients, "accuracy": accuracy}
