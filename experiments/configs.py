@@ -23,10 +23,11 @@ class Config:
     scope: str | None = None
     """Where the largest entries are chosen, in each ``"tensor"`` or the ``"tree"``; None: as the
     method has it."""
-    max_staleness: int | None = None  # None: as the rule has it
+    max_staleness: int = 10  # of the rule with an alpha
     history: int = 10  # D
-    period: int = 8  # of turns
+    period: int | None = None  # of turns, or the longest; None: as the method has it
     theta: float | None = None  # of the rule without an alpha; None: as the rule has it
+    silence: str | None = None  # what a silent worker counts as; None: as the rule has it
     optimizer: str | None = None
     """What steps with the mean, one of :data:`experiments.methods.OPTIMIZERS`; None: SGD with the
     learning rate inside the compressor, as in the paper."""

@@ -45,10 +45,11 @@ class Method:
         of_rule = {
             "always": (),
             "every": ("period",),
-            "innovation": ("alpha_c" if self.alpha else "theta", "max_staleness"),
+            "innovation": ("alpha_c", "max_staleness") if self.alpha else ("theta", "period"),
         }
         sparse = ("density", "scope") if self.sparse else ()
-        return ("learning_rate", "batch_size", *sparse, *of_rule[self.rule])
+        silence = () if self.rule == "always" else ("silence",)
+        return ("learning_rate", "batch_size", *sparse, *of_rule[self.rule], *silence)
 
 
 _LAZY: Any = {"rule": "innovation", "alpha": "sasg", "scope": "tensor"}
@@ -108,6 +109,7 @@ _WORDS = {
     "alpha_c": "c {:g}",
     "period": "period {}",
     "theta": "θ {:g}",
+    "silence": "{}",
     "max_staleness": "staleness {}",
 }
 
@@ -141,18 +143,23 @@ def make_optimizer(
 
     method, workers, rate = METHODS[name], config.num_workers, learning_rate(config)
     parts: dict[str, Any] = {"num_workers": workers, "exchange": config.exchange}
+    if method.rule != "always":
+        parts["silence"] = config.silence
     top: dict[str, Any] = {}
     if method.sparse:
         top = {"density": config.density, "selection": selection}
         top["scope"] = config.scope or method.scope
     if method.two_way:
         parts["downlink"] = sasg_jax.top_k(**top)
-    rule: dict[str, Any] = {"period": config.period} if method.rule == "every" else {}
-    if method.compares:
-        cap = config.max_staleness
-        shares = simulated and workers > (cap or 10)
-        rule = {"max_staleness": cap, "share_stale_params": shares}
-        rule |= {"history": config.history} if method.alpha else {"theta": config.theta}
+    rule: dict[str, Any] = {}
+    if method.rule == "every":
+        rule = {"period": config.period or 8}
+    elif method.compares:
+        rule = {"share_stale_params": simulated and workers > config.max_staleness}
+        if method.alpha:
+            rule |= {"max_staleness": config.max_staleness, "history": config.history}
+        else:
+            rule |= {"max_staleness": config.period, "theta": config.theta}
     rule = {setting: value for setting, value in rule.items() if value is not None}
     if method.alpha:
         alpha = sasg_jax.released_alpha(config.alpha_c[method.alpha], workers)
@@ -161,7 +168,10 @@ def make_optimizer(
     if config.optimizer is None:
         return getattr(sasg_jax, method.maker)(rate, **top, **rule, **parts)
     compressor = sasg_jax.top_k(**top) if method.sparse else sasg_jax.identity()
-    aggregate = sasg_jax.aggregate(compressor, getattr(sasg_jax, method.rule)(**rule), **parts)
+    made = getattr(sasg_jax, method.rule)(
+        **({"period": 8} if method.rule == "every" else {}) | rule
+    )
+    aggregate = sasg_jax.aggregate(compressor, made, **parts)
     momentum = lambda rate: optax.sgd(rate, momentum=0.9)
     after = {"sgd": optax.sgd, "momentum": momentum, "adamw": optax.adamw}
     return sasg_jax.pipeline(aggregate, after[config.optimizer](rate))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 else:
     ConfigName = Literal[tuple(CONFIGS)]
 SCOPE = Literal["tensor", "tree"]
+SILENCE = Literal["reuse", "keep", "drop"]
 
 
 def optional(metavar: str, default: str = "the configuration's") -> Any:
@@ -106,8 +107,8 @@ class Compare(Options):
 
     sgd sends every gradient whole; sparse sends the 1 % largest entries and keeps the rest for
     later; lasg sends whole gradients, but only from workers whose gradient has changed enough;
-    sasg does both; in `turn` workers send the 1 % in turns, and sasg_keep also where a gradient has
-    changed by a part of itself: who is silent keeps its gradient for later. The two_way ones also
+    sasg does both; in `turn` workers send the 1 % in turns, and sasg_keep in turns that come sooner
+    where gradients change faster: who is silent keeps its gradient for later. The two_way ones also
     send only 1 % of the step back.
 
     With several values for an option, e.g. --learning-rates 0.05 0.1 0.2, each method is tuned: all
@@ -137,12 +138,15 @@ class Compare(Options):
     """Whether these are the largest of each tensor or of all."""
     batch_size: Annotated[tuple[int, ...], optional("[INT ...]", "the configuration's")] = ()
     """Examples of each worker in a round."""
-    period: Annotated[tuple[int, ...], optional("[INT ...]", "8")] = ()
-    """Rounds from one turn of a worker to its next: turn."""
+    period: Annotated[tuple[int, ...], optional("[INT ...]", "the method's")] = ()
+    """Rounds from one turn of a worker to its next: turn; the most of them: sasg_keep."""
     theta: Annotated[tuple[float, ...], optional("[FLOAT ...]", "the method's")] = ()
-    """The change of a gradient, as a part of it, from which a worker sends: sasg_keep."""
+    """The change of a gradient, as a part of it, above which turns come sooner: sasg_keep."""
     max_staleness: Annotated[tuple[int, ...], optional("[INT ...]", "the rule's")] = ()
-    """Rounds after which a worker that compares sends anyway."""
+    """Rounds after which a worker sends anyway: lasg, sasg."""
+    silence: Annotated[tuple[SILENCE, ...], optional("[reuse|keep|drop ...]", "the rule's")] = ()
+    """What a silent worker counts as: its last message again, nothing while it keeps its gradient
+    for later, or nothing."""
 
 
 @dataclasses.dataclass
@@ -163,12 +167,15 @@ class Run(Options):
     """Whether these are the largest of each tensor or of all."""
     batch_size: Annotated[int | None, optional("INT", "the configuration's")] = None
     """Examples of each worker in a round."""
-    period: Annotated[int | None, optional("INT", "8")] = None
-    """Rounds from one turn of a worker to its next: turn."""
+    period: Annotated[int | None, optional("INT", "the method's")] = None
+    """Rounds from one turn of a worker to its next: turn; the most of them: sasg_keep."""
     theta: Annotated[float | None, optional("FLOAT", "the method's")] = None
-    """The change of a gradient, as a part of it, from which a worker sends: sasg_keep."""
+    """The change of a gradient, as a part of it, above which turns come sooner: sasg_keep."""
     max_staleness: Annotated[int | None, optional("INT", "the rule's")] = None
-    """Rounds after which a worker that compares sends anyway."""
+    """Rounds after which a worker sends anyway: lasg, sasg."""
+    silence: Annotated[SILENCE | None, optional("reuse|keep|drop", "the rule's")] = None
+    """What a silent worker counts as: its last message again, nothing while it keeps its gradient
+    for later, or nothing."""
 
 
 TRAINING = {"compare": Compare, "run": Run}

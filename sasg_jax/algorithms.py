@@ -126,13 +126,13 @@ def sasg_keep(
     density: float = 0.01,
     scope: str = "tree",
     selection: str = "auto",
-    theta: float = 3.0,
-    max_staleness: int = 12,
+    theta: float = 0.3,
+    max_staleness: int = 8,
     share_stale_params: bool = False,
     **parts: Unpack[Parts],
 ) -> Transformation:
-    """Sparse and adaptive SGD that keeps: the top k, in turn and from workers whose gradient has
-    changed by a part of itself. See :func:`sasg_jax.innovation` without an alpha."""
+    """Sparse and adaptive SGD that keeps: the top k, in turns whose period follows how fast a
+    worker's gradient changes. See :func:`sasg_jax.innovation` without an alpha."""
     rule = innovation(
         theta=theta, max_staleness=max_staleness, share_stale_params=share_stale_params
     )

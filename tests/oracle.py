@@ -8,7 +8,8 @@ the server) their last message. In round t (`train`)
 2. it decides whether to upload: always, in turn (`in_turn`), or by rule (6): it computes ``g'`` at
    ``w_s`` on the same batch and stays silent when ``||g - g'||^2`` is at most the threshold
    (`stays_silent`), unless it must upload (`must_upload`); or by comparing two things of the same
-   unit (`ratio`), with a bound that is given or that it finds itself (`Measured`);
+   unit (`ratio`), with a bound that is given or that it finds itself (`Measured`); or in turns of a
+   period that it finds itself (`OwnPeriod`);
 3. one that uploads sends ``C(gamma g + beta e)`` and keeps the rest, or sends ``C(gamma g - h)``
    and adds it to ``h`` (`upload`);
 4. the server steps with the mean of what everybody counts as (`server_step`), and what follows the
@@ -76,6 +77,15 @@ class Measured:
     gain: float = 0.3
 
 
+@dataclass(frozen=True)
+class OwnPeriod:
+    """Turns of a period that each worker halves or doubles."""
+
+    theta: float
+    max_staleness: int
+    look_every: int
+
+
 @dataclass
 class Worker:
     """One worker's state, and the server's memory of its last message."""
@@ -88,6 +98,8 @@ class Worker:
     message: Message
     last_direction: Tree  # of the last upload
     log_bound: np.float32 | None = None  # where a rate is held; None before anything is measured
+    period: int = 1
+    uploads: int = 0  # since the last look; 0 before the first upload
 
 
 def train(
@@ -101,6 +113,7 @@ def train(
     alpha: Weights | Callable[[float], Weights] | None = None,
     turn: tuple[int, bool] | None = None,
     measured: Measured | None = None,
+    own_period: OwnPeriod | None = None,
     max_staleness: int = 10,
     history: int = 10,
     silence: str | None = None,
@@ -123,7 +136,8 @@ def train(
       alpha: weight of a step in the threshold, or ``history`` of them (nearest step first), or a
         function of gamma returning either; with None rule (6) is not used.
       turn: a period, and whether workers are staggered.
-      measured: a rule that measures something else. With none of the three everybody uploads.
+      measured: a rule that measures something else.
+      own_period: turns of periods that workers find. With none of the four everybody uploads.
       max_staleness: a worker this stale uploads, by rule (6).
       history: D, the steps that the threshold looks back on and the rounds that all upload in.
       silence: what one that sends nothing counts as: its last message ("reuse"), nothing ("keep",
@@ -141,6 +155,7 @@ def train(
     silence = silence or ("keep" if alpha is None else "reuse")
     cap = 1 if alpha is None else max_staleness
     cap = cap if measured is None else measured.max_staleness
+    cap = cap if own_period is None else own_period.max_staleness
     empty = compress(zeros_like(params), None)
     workers = [
         Worker(
@@ -190,6 +205,15 @@ def train(
                 silent, gap = holds_back(worker, measured, found, staleness[t, m] >= cap, due)
                 innovation[t, m] = found if measured.rate is not None or not due else 0
                 margin = min(margin, gap)
+            if own_period is not None:
+                silent = not (staleness[t, m] >= cap or in_turn(t, m, worker.period, True))
+                if not silent and is_time_to_look(worker, m, staleness[t, m], own_period):
+                    again = grad(m, t, worker.stale_params)
+                    found = ratio_of(squared_norm(subtract(g, again)), squared_norm(g))
+                    innovation[t, m] = found
+                    margin = min(margin, relative_gap(found, np.float32(own_period.theta)))
+                    margin = min(margin, relative_gap(4 * found, np.float32(own_period.theta)))
+                    worker.period = next_period(worker.period, found, own_period)
             if silent:
                 if silence == "keep":
                     worker.residual = add(scaled(gamma, g), scaled(decay, worker.residual))
@@ -221,7 +245,7 @@ def train(
         params=params,
         uploaded=uploaded,
         innovation=innovation,
-        threshold=threshold[:rounds] if measured is None else np.full(rounds, measured.theta),
+        threshold=threshold[:rounds],
         staleness=staleness,
         residuals=[worker.residual for worker in workers],
         reconstructions=[worker.reconstruction for worker in workers],
@@ -300,6 +324,24 @@ def holds_back(
         worker.log_bound = log
     worker.log_bound = np.float32(worker.log_bound + rule.gain * ((not silent) - rule.rate))
     return silent, gap
+
+
+def is_time_to_look(worker: Worker, m: int, staleness: int, rule: OwnPeriod) -> bool:
+    """Counts an upload, and says whether it is one in which the worker compares gradients: never
+    the first, and worker m's first look is sooner the larger m is."""
+    worker.uploads += 1 if worker.uploads else 1 + m % rule.look_every
+    looks = worker.uploads > rule.look_every and staleness <= rule.max_staleness
+    if looks:
+        worker.uploads = 1
+    return looks
+
+
+def next_period(period: int, found: np.float32, rule: OwnPeriod) -> int:
+    """Half of it where too much has changed, twice where a quarter of that or less."""
+    if not found <= rule.theta:
+        return max(1, period // 2)
+    longest = 2 ** int(math.log2(rule.max_staleness))
+    return min(longest, 2 * period) if 4 * found <= rule.theta else period
 
 
 def stays_silent(innovation: np.float32, threshold: np.float32) -> bool:

@@ -13,7 +13,7 @@ from experiments.options import Compare, Options
 from experiments.training.records import Store
 from experiments.training.runs import Run
 
-AXES = "learning_rate alpha_c density scope batch_size period theta max_staleness".split()
+AXES = "learning_rate alpha_c density scope batch_size period theta max_staleness silence".split()
 """Fields of a configuration that can have several values in a comparison."""
 
 MEASURES = {

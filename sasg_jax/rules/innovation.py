@@ -13,14 +13,11 @@ from sasg_jax._checks import check_bool, check_int, is_real, require
 from sasg_jax.control_flow import for_all, zero_after
 from sasg_jax.numerics import PyTree, squared_distance, squared_distance_if_sound
 from sasg_jax.rules.base import Decision, Round, Rule, View
+from sasg_jax.rules.own_period import own_period
 from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
-from sasg_jax.rules.relative import relative_innovation
 
 Alpha = float | Sequence[float] | jax.Array
 AlphaFn = Callable[[Any], Any]
-
-THETA, MAX_STALENESS = 0.1, 4
-"""The defaults of the form without an alpha."""
 
 
 class StaleParams(NamedTuple):
@@ -44,20 +41,23 @@ def innovation(
     *,
     theta: float | None = None,
     max_staleness: int | None = None,
+    look_every: int | None = None,
     history: int | None = None,
     share_stale_params: bool = False,
 ) -> Rule:
     r"""A worker uploads when its gradient has changed enough since its last upload.
 
-    Without an ``alpha``, by a part of itself, whatever the units:
+    Without an ``alpha``, whatever the units: it uploads in turns of a period of its own, at first
+    in every round. In every ``look_every``-th upload it looks at how much its gradient has changed
+    since the one before, as a part of itself:
 
-    .. math:: \|g - g'\|^2 > \theta \|g\|^2
+    .. math:: r = \|g - g'\|^2 / \|g\|^2
 
     Here g and g' are its gradients at the current parameters and at those of its last upload, on
-    the same batch. It also uploads in its turn: worker m in rounds t with ``(t + m) %
-    max_staleness == 0``, where g' is not asked for. Meanwhile its direction goes into its residual.
+    the same batch. Where r > θ its period is halved, and where 4 r ≤ θ doubled, up to
+    ``max_staleness``. Meanwhile its direction goes into its residual.
 
-    With one, by the paper's rule (6): worker m stays silent in round t when
+    With one, the paper's rule (6): worker m stays silent in round t when
 
     .. math::
         \|g - g'\|^2 \le \frac{1}{M^2} \sum_{d=1}^{D} \alpha_d \|w_{t+1-d} - w_{t-d}\|^2
@@ -70,23 +70,30 @@ def innovation(
     ValueError for an argument out of range, or of the other form.
 
     Args:
-      theta: θ, at least 0; larger means fewer uploads.
       alpha: the weights α_d. A number, ``history`` numbers (the first weighs the newest step), or a
         function of the learning rate that returns either; larger means fewer uploads.
         :func:`released_alpha` is the authors' choice. A step made at a learning rate for which it
         is not finite weighs nothing.
-      max_staleness: an upload is forced when the last one is this many rounds back; by default 4,
-        with an alpha 10.
+      theta: θ, at least 0, by default 0.3; larger means fewer uploads.
+      max_staleness: an upload is forced when the last one is this many rounds back; by default 10,
+        and 2 without an alpha, which holds before momentum, too. Before SGD, 8 saves more.
+      look_every: uploads from one look to the next, by default 16: a look takes as long as another
+        gradient.
       history: D, the past steps that the threshold of (6) sums over; the first D rounds force
         uploads. By default 10.
       share_stale_params: whether the parameters of the last ``max_staleness`` rounds are kept once,
         in place of a copy for each worker: less memory where a device simulates more workers."""
     if alpha is None:
         require(history is None, "history", history, "to be None without an alpha")
-        theta = THETA if theta is None else theta
-        cap = MAX_STALENESS if max_staleness is None else max_staleness
-        return relative_innovation(theta, max_staleness=cap, share_stale_params=share_stale_params)
-    require(theta is None, "theta", theta, "to be None with an alpha, which has its own threshold")
+        return own_period(
+            0.3 if theta is None else theta,
+            max_staleness=2 if max_staleness is None else max_staleness,
+            look_every=16 if look_every is None else look_every,
+            share_stale_params=share_stale_params,
+        )
+    allowed = "to be None with an alpha, which makes the threshold"
+    require(theta is None, "theta", theta, allowed)
+    require(look_every is None, "look_every", look_every, allowed)
     history = check_int("history", 10 if history is None else history, minimum=1)
     max_staleness = check_int(
         "max_staleness", 10 if max_staleness is None else max_staleness, minimum=1

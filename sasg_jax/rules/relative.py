@@ -15,49 +15,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from sasg_jax._checks import check_bool, check_int, is_real, require
-from sasg_jax.control_flow import for_all, zero_after
-from sasg_jax.numerics import PyTree, squared_distance, squared_norm
-from sasg_jax.rules.base import Decision, Round, Rule, View
-from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
-
-
-def relative_innovation(
-    theta: float, *, max_staleness: int, share_stale_params: bool = False
-) -> Rule:
-    r"""A worker uploads when its gradient has changed by a part of itself since its last upload.
-
-    .. math:: \|g - g'\|^2 > \theta \|g\|^2
-
-    with g' its gradient at the parameters of its last upload, on the same batch. It is
-    :func:`sasg_jax.innovation` without an α."""
-    theta = check_theta(theta)
-    max_staleness = check_int("max_staleness", max_staleness, minimum=1)
-    check_bool("share_stale_params", share_stale_params)
-    has_recent = share_stale_params and max_staleness > 1
-    own = lambda params: () if share_stale_params else params
-
-    def measure(view: View) -> tuple[jax.Array, jax.Array]:
-        stale_params = view.memory
-        if share_stale_params:
-            stale_params = read_recent(view.shared, view.round.number - view.staleness)
-        changed = squared_distance(view.direction, view.reevaluate(stale_params))
-        return changed, squared_norm(view.direction)
-
-    def end(shared: PyTree, round: Round, step: PyTree):
-        return write_recent(shared, round.params, round.number + zero_after(step))
-
-    recent = {"init_shared": lambda params: init_recent(params, max_staleness), "end": end}
-    return _relative(
-        "innovation",
-        measure,
-        theta,
-        max_staleness,
-        {"share_stale_params": True} if share_stale_params else {},
-        init_worker=own,
-        sent=lambda memory, params, direction, learning_rate: own(params),
-        **(recent if has_recent else {}),
-    )
+from sasg_jax._checks import check_int, is_real, require
+from sasg_jax.control_flow import for_all
+from sasg_jax.numerics import squared_distance, squared_norm
+from sasg_jax.rules.base import Decision, Rule, View
 
 
 def message_share(theta: float = 0.3, *, max_staleness: int = 10) -> Rule:
@@ -122,6 +83,12 @@ def check_theta(theta: Any) -> Any:
     return theta
 
 
+def ratio(measured: jax.Array, of: jax.Array) -> jax.Array:
+    """0 where both are zero, and infinite where the second alone is."""
+    beside = jnp.where(of == 0, jnp.inf, measured / jnp.where(of == 0, 1, of))
+    return jnp.where(measured == 0, 0, beside)
+
+
 def _relative(
     name: str,
     measure: Callable[[View], tuple[jax.Array, jax.Array]],
@@ -133,17 +100,14 @@ def _relative(
     """A rule that compares the first of what ``measure`` returns with θ times the second."""
     max_staleness = check_int("max_staleness", max_staleness, minimum=1)
 
-    def ratio(view: View) -> jax.Array:
-        measured, of = measure(view)
-        beside = jnp.where(of == 0, jnp.inf, measured / jnp.where(of == 0, 1, of))
-        return jnp.where(measured == 0, 0, beside)
+    beside = lambda view: ratio(*measure(view))
 
     def decide(view: View) -> Decision:
         if max_staleness == 1:
             return Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
         turn = view.forced | ((view.round.number + view.worker) % max_staleness == 0)
         skip = lambda: jnp.zeros((), jnp.float32)
-        found = jax.lax.cond(for_all(turn), skip, lambda: ratio(view))
+        found = jax.lax.cond(for_all(turn), skip, lambda: beside(view))
         # Written so that what is not a number uploads.
         return Decision(turn | ~(found <= view.threshold), jnp.where(turn, 0, found))
 
@@ -151,7 +115,7 @@ def _relative(
     return Rule(
         name=f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})",
         decide=decide,
-        measure=ratio if max_staleness > 1 else None,
+        measure=beside if max_staleness > 1 else None,
         max_staleness=max_staleness,
         silence="keep",
         begin=lambda shared, round: (jnp.asarray(theta, jnp.float32), shared),

@@ -12,7 +12,7 @@ import optax
 import oracle
 import problems
 import pytest
-from oracle import Measured
+from oracle import Measured, OwnPeriod
 from problems import ALPHA, DENSITY, LEARNING_RATE, M
 
 import sasg_jax
@@ -35,7 +35,8 @@ RULES = {
     "every": Case(sasg_jax.every(3), {"turn": (3, True)}),
     "paper": Case(sasg_jax.innovation(ALPHA), {"alpha": ALPHA}),
     "innovation": Case(
-        sasg_jax.innovation(theta=0.02), {"measured": Measured("innovation", 0.02, 4)}
+        sasg_jax.innovation(theta=0.05, max_staleness=4, look_every=3),
+        {"own_period": OwnPeriod(0.05, 4, 3)},
     ),
     "message_share": Case(
         sasg_jax.message_share(0.45, max_staleness=5),
@@ -50,8 +51,8 @@ RULES = {
         {"measured": Measured("direction_change", 2.0, 7)},
     ),
     "held_innovation": Case(
-        sasg_jax.held_rate(0.4, sasg_jax.innovation()),
-        {"measured": Measured("innovation", 0, 4, rate=0.4)},
+        sasg_jax.held_rate(0.55, sasg_jax.innovation()),
+        {"measured": Measured("innovation", 0, 2, rate=0.55)},
     ),
     "held_residual_norm": Case(
         sasg_jax.held_rate(0.25, sasg_jax.residual_norm(), gain=0.2),
@@ -108,6 +109,7 @@ def test_three_hundred_rounds_are_the_oracles(case):
     assert want.margin > 2e-6  # no choice hangs on rounding
     if "measured" in RULES[name].oracle or "alpha" in RULES[name].oracle:
         assert 0.005 < want.uploaded[want.innovation > 0].mean() < 0.99  # and there are some
+    assert name == "always" or 0.1 < want.uploaded.mean() < 0.9
     np.testing.assert_array_equal(infos.uploaded, want.uploaded)
     np.testing.assert_allclose(infos.innovation, want.innovation, rtol=2e-3, atol=1e-6)
     close = functools.partial(chex.assert_trees_all_close, rtol=0, atol=2e-5)
