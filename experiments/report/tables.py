@@ -62,7 +62,7 @@ def tuned_table(tuned: dict[str, Any]) -> Table:
     uploads with their standard deviation."""
     seeds, target = tuned["reported_seeds"], tuned["target_accuracy"]
     table = numbers_table(
-        f"{tuned['config']}: what it took to reach {target:.0%} test accuracy, each at its best",
+        f"{tuned['config']}: to {target:.0%} test accuracy, each at its best",
         ("Method",),
         ("Rounds", "Uploads", "Gradients", "Both ways", "Accuracy"),
     )

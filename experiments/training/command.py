@@ -59,12 +59,14 @@ def check(options: Options, devices: int | None = None) -> None:
             raise ValueError(f"Expected {name} to name one or more, each once, got {values}.")
     config, axes = configure(options, devices), grid.axes(options)
     for axis, values in axes.items():
-        name = grid.option_name(axis).replace("_", "-")
         if len(set(values)) != len(values):
+            name = grid.option_name(axis).replace("_", "-")
             raise ValueError(f"Expected --{name} to have each value once, got {values}.")
+    for axis in grid.given(options):
         if not any(axis in METHODS[method].settings for method in methods):
-            takers = [method for method, row in METHODS.items() if axis in row.settings]
-            raise ValueError(f"Expected --{name} only with one of {', '.join(takers)}.")
+            name = grid.option_name(axis) if isinstance(options, Compare) else axis
+            takers = ", ".join(name for name, row in METHODS.items() if axis in row.settings)
+            raise ValueError(f"Expected --{name.replace('_', '-')} only with one of {takers}.")
     for method in methods:
         for tuned in grid.candidates(config, method, axes):
             make_optimizer(tuned, method)  # refuses an exchange that it cannot take
@@ -77,8 +79,9 @@ def configure(options: Options, devices: int | None = None) -> Config:
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
     for name, least in _LEAST.items():
-        if np.size(given.get(name, ())) and not np.min(given[name]) >= least:
-            raise ValueError(f"Expected {_option(name, given[name])} to be at least {least}.")
+        for value in np.ravel(given.get(name, ())):
+            if not value >= least:
+                raise ValueError(f"Expected {_option(name, value)} to be at least {least}.")
     for name in _POSITIVE:
         for value in np.ravel(given.get(name, ())):
             if not 0 < value < np.inf:
@@ -94,9 +97,7 @@ def configure(options: Options, devices: int | None = None) -> Config:
     fields = {field.name for field in dataclasses.fields(Config)} - set(grid.AXES)
     changes = {name: value for name, value in given.items() if name in fields}
     config = dataclasses.replace(CONFIGS[options.config], **changes)
-    for axis in grid.AXES:
-        name = grid.option_name(axis) if isinstance(options, Compare) else axis
-        values = np.ravel(given.get(name, ())).tolist()
+    for axis, values in grid.given(options).items():
         if len(values) == 1:
             config = grid.with_setting(config, axis, values[0])
     if "+" in config.dataset and config.partition != "iid":

@@ -24,12 +24,18 @@ MEASURES = {
 """What of a record :func:`best` compares."""
 
 
+def given(options: Options) -> dict[str, Sequence[Any]]:
+    """The values of each axis for which there are any."""
+    if isinstance(options, Compare):
+        values = {axis: getattr(options, option_name(axis)) for axis in AXES}
+        return {axis: found for axis, found in values.items() if found}
+    values = {axis: getattr(options, axis, None) for axis in AXES}
+    return {axis: (value,) for axis, value in values.items() if value is not None}
+
+
 def axes(options: Options) -> dict[str, Sequence[Any]]:
     """The values of each axis for which there are several."""
-    if not isinstance(options, Compare):
-        return {}
-    given = {axis: getattr(options, option_name(axis)) for axis in AXES}
-    return {axis: values for axis, values in given.items() if len(values) > 1}
+    return {axis: values for axis, values in given(options).items() if len(values) > 1}
 
 
 def option_name(axis: str) -> str:
@@ -113,7 +119,8 @@ def report(
     }
 
 
-_OUTCOME = "iterations uploads uplink_bytes downlink_bytes".split()
+OUTCOME = "iterations uploads uplink_bytes downlink_bytes".split()
+"""What is reported of a run at its target."""
 
 
 def _outcome(run: Run, store: Store) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def _outcome(run: Run, store: Store) -> dict[str, Any]:
     record = store.run(run.name).record()
     if record is None:
         return {"seed": run.seed, "diverged": True}
-    taken = {f"{key}_at_target": record[f"{key}_at_target"] for key in _OUTCOME}
+    taken = {f"{key}_at_target": record[f"{key}_at_target"] for key in OUTCOME}
     rounds, row = taken["iterations_at_target"], METHODS[run.method]
     gradients = rounds and rounds * (2 if row.compares else 1)
     accuracy = record["final_test_accuracy"]

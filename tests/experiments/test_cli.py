@@ -103,7 +103,7 @@ def test_results_of_other_options_are_not_gone_on_with(done):
         ("--density nan", "Expected --density=nan to be above 0 and finite."),
         ("--checkpoint-seconds -1", "Expected --checkpoint-seconds=-1.0 to be at least 0."),
         ("--seeds 1 1", "Expected --seeds to name one or more, each once, got (1, 1)."),
-        ("--seeds -1", "Expected --seeds=(-1,) to be at least 0."),
+        ("--seeds -1", "Expected --seeds=-1 to be at least 0."),
         ("--seeds 4294967296", "Expected seed=4294967296 to be an integer from 0 to 4294967295."),
         ("--methods sasg sasg", "Expected --methods to name one or more, each once, got "),
         ("--methods sasg --exchange psum", "Expected exchange='psum' to be another where"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.configs import CONFIGS
-from experiments.methods import EXCHANGES, METHODS, learning_rate, make_optimizer
+from experiments.methods import EXCHANGES, METHODS, OPTIMIZERS, learning_rate, make_optimizer
 from sasg_jax import exchanges as library
 
 CIFAR = CONFIGS["cifar10_resnet18"]
@@ -35,9 +35,10 @@ def test_methods_send_what_the_table_says(name):
     assert state.wire.num_workers == 10
     assert state.wire.upload_bytes == (60 if method.sparse else 4000)
     assert state.wire.upload_paper_bits == 32 * (10 if method.sparse else 1000)
-    assert state.wire.flag_bytes == int(method.alpha is not None)
+    assert state.wire.flag_bytes == int(method.rule != "always")
     assert state.wire.downlink_bytes == (60 if method.two_way else 4000)
-    exchange = "server" if method.two_way else "lazy" if method.alpha else "gather"
+    lazy = method.rule != "always"
+    exchange = "server" if method.two_way else "lazy" if lazy else "gather"
     assert state.wire.exchange == ("psum" if name == "sgd" else exchange)
     assert bool(state.server.rule) == bool(method.alpha)
     if method.alpha:
@@ -49,6 +50,38 @@ def test_a_method_of_every_configuration_is_made_for_the_exchanges_that_suit_it(
     for config in CONFIGS.values():
         for exchange in (None, *METHODS[name].exchanges):
             make_optimizer(dataclasses.replace(config, exchange=exchange), name)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", METHODS)
+def test_any_optimizer_may_step_with_the_mean(name, optimizer):
+    config = dataclasses.replace(CONFIGS["digits"], optimizer=optimizer)
+    inside = make_optimizer(dataclasses.replace(config, optimizer=None), name)
+    before = make_optimizer(config, name)
+    assert inside.method.learning_rate is not None
+    assert before.method.learning_rate is None
+    ignored = {"rule"} if name == "sasg_keep" else set()  # whose default holds before momentum
+    parts = [dict(tx.method.settings) for tx in (inside, before)]
+    assert {key for key in parts[0] if parts[0][key] != parts[1][key]} == ignored
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "part", "shown"),
+    [
+        ("turn", "period", 5, "rule", "every(5)"),
+        ("turn", "silence", "drop", "silence", "drop"),
+        ("sasg", "silence", "keep", "silence", "keep"),
+        ("sasg", "scope", "tree", "compressor", "top_k(0.01, scope='tree')"),
+        ("turn", "scope", "tensor", "compressor", "top_k(0.01)"),
+        ("sasg_keep", "period", 4, "rule", "innovation(max_staleness=4, look_every=16)"),
+        ("sparse", "density", 0.1, "compressor", "top_k(0.1)"),
+        ("lasg", "max_staleness", 3, "rule", "innovation(max_staleness=3, history=10)"),
+    ],
+)
+def test_a_setting_of_a_method_is_heard(name, setting, value, part, shown):
+    config = dataclasses.replace(CONFIGS["digits"], **{setting: value})
+    assert setting in METHODS[name].settings
+    assert dict(make_optimizer(config, name).method.settings)[part] == shown
 
 
 def test_the_exchanges_are_the_librarys():

@@ -29,7 +29,7 @@ def test_every_run_is_drawn_in_all_six_panels(tmp_path, monkeypatch, methods):
                 files.finish(Record(**numbers))
     kept = []
     monkeypatch.setattr(plt, "close", kept.append)
-    figures.plot_curves(store, tmp_path / "curves.png", "title")
+    figures.plot_curves(store.runs(), tmp_path / "curves.png", "title")
     (figure,) = kept
     assert len(figure.axes) == 6
     for i, axis in enumerate(figure.axes):
