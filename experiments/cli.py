@@ -33,6 +33,7 @@ def _train(given: Sequence[str]) -> None:
 _STUDIES = {
     "reproduce": "studies.reproduce",
     "silence": "studies.silence",
+    "scale_free": "studies.scale_free",
     "bench": "studies.bench",
     "wire": "wire.measure",
 }
@@ -94,6 +95,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "reproduce": (_study, "make what is behind the paper's tables and figures"),
     "report": (_report, "make a page of what `reproduce` has left, beside what the paper says"),
     "silence": (_study, "measure what becomes of a silent worker's gradient"),
+    "scale_free": (_study, "try the rule without an alpha on tasks that it is not told about"),
     "bench": (_study, "time the library beside the least that there is to do"),
     "wire": (_study, "measure bytes and times of rounds on a network of several hosts"),
     "launch": (_launch, "start `run` or `compare` in several processes on this machine"),

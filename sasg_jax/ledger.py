@@ -96,7 +96,7 @@ class Ledger:
             warnings.warn(
                 f"In {self._silent_rounds} rounds in which it was asked the rule has let nobody "
                 f"upload, but for what is forced every {cap} rounds: its threshold is too high to "
-                "tell anything. Choose a smaller alpha, or sasg_jax.always().",
+                "tell anything. Choose a smaller alpha or theta, or sasg_jax.always().",
                 stacklevel=3,
             )
 

@@ -201,12 +201,15 @@ def train(
                     found = ratio_of(
                         squared_norm(subtract(g, grad(m, t, worker.stale_params))), squared_norm(g)
                     )
-                due = staleness[t, m] >= cap or in_turn(t, m, cap, True)
-                silent, gap = holds_back(worker, measured, found, staleness[t, m] >= cap, due)
+                is_stale = staleness[t, m] >= cap
+                if measured.rate is not None and is_stale:
+                    found = np.float32(0)  # it must upload, and need not look
+                due = is_stale or in_turn(t, m, cap, True)
+                silent, gap = holds_back(worker, measured, found, is_stale, due)
                 innovation[t, m] = found if measured.rate is not None or not due else 0
                 margin = min(margin, gap)
             if own_period is not None:
-                silent = not (staleness[t, m] >= cap or in_turn(t, m, worker.period, True))
+                silent = not in_turn(t, m, worker.period, True)
                 if not silent and is_time_to_look(worker, m, staleness[t, m], own_period):
                     again = grad(m, t, worker.stale_params)
                     found = ratio_of(squared_norm(subtract(g, again)), squared_norm(g))

@@ -126,6 +126,7 @@ def test_settings_tell_methods_apart():
         _make(TOP_K, sasg_jax.innovation(1.0, share_stale_params=True)),
         _make(TOP_K, sasg_jax.innovation()),
         _make(TOP_K, sasg_jax.innovation(max_staleness=10)),
+        _make(TOP_K, sasg_jax.innovation(look_every=9)),
         _make(TOP_K, sasg_jax.innovation(share_stale_params=True)),
         _make(TOP_K, sasg_jax.message_share()),
         _make(TOP_K, sasg_jax.residual_norm()),

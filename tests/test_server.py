@@ -149,6 +149,32 @@ def test_step_that_is_not_finite_is_not_made(downlink):
     assert any(np.any(x) for x in jax.tree.leaves(step))
 
 
+@pytest.mark.parametrize("rate", [None, 0.5])
+@pytest.mark.parametrize("downlink", [None, TOP_K], ids=["dense", "top_k"])
+def test_rule_sees_the_step(downlink, rate):
+    """As everybody makes it: what the way down brings, and nothing where it is not finite."""
+    rule = sasg_jax.Rule(
+        name="sees_steps()",
+        decide=sasg_jax.always().decide,
+        init_shared=lambda params: {"step": jax.tree.map(jnp.zeros_like, params), "began": 0},
+        begin=lambda shared, round: (jnp.float32(7), shared | {"began": round.number + 1}),
+        end=lambda shared, round, step: shared | {"step": step},
+    )
+    method = sasg_jax.make_method(
+        sasg_jax.identity(), rule, num_workers=M, downlink=downlink, learning_rate=rate
+    )
+    half = jax.jit(functools.partial(server_half, method))
+    server, everybody = init_server(method, PARAMS), np.ones(M, bool)
+    rng = np.random.default_rng(0)
+    messages = jax.tree.map(lambda x: rng.normal(size=(M, *x.shape)).astype(np.float32), PARAMS)
+    for t, scale in enumerate([1, 2, np.inf]):
+        made = jax.tree.map(lambda x, s=scale: np.float32(s) * x, messages)
+        step, server = half(server, made, everybody, PARAMS)
+        chex.assert_trees_all_equal(server.rule["step"], step)
+        assert (int(server.rule["began"]), float(server.threshold)) == (t + 1, 7)
+        assert all(np.any(x) == np.isfinite(scale) for x in jax.tree.leaves(step))
+
+
 def test_counts_rounds_no_further_than_the_type_goes():
     method = sasg_jax.make_method(sasg_jax.identity(), num_workers=M, learning_rate=1.0)
     last = np.iinfo(np.int32).max

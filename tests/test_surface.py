@@ -83,12 +83,16 @@ RULE = [
     ("history", 10),
     ("share_stale_params", False),
 ]
-DENSITY = [("density", 0.01), ("selection", "auto")]
+DENSITY = [("density", 0.01), ("scope", "tensor"), ("selection", "auto")]
+OF_THE_TREE = [("density", 0.01), ("scope", "tree"), ("selection", "auto")]
+KEEP = [("theta", 0.3), ("max_staleness", 8), ("share_stale_params", False)]
 SIGNATURES = {
     "sgd": [],
     "sparse_sgd": DENSITY,
     "lasg": RULE,
     "sasg": [*DENSITY, *RULE],
+    "turn_sgd": [*OF_THE_TREE, ("period", 8)],
+    "sasg_keep": [*OF_THE_TREE, *KEEP],
 }
 
 

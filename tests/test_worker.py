@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sasg_jax
+from sasg_jax.rules import SILENCES
 from sasg_jax.server import init_server
 from sasg_jax.worker import init_worker, worker_half
 
@@ -312,6 +313,78 @@ def test_a_turn_is_the_workers_own():
         [False, True, False, False],
         [True, False, False, True],
     ]
+
+
+# What a rule sees, and what it remembers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("upload", [False, True])
+def test_rule_sees_what_a_message_would_be_made_of(upload, feedback):
+    """p, and what the message would leave out of it, whether or not it is sent."""
+    seen = []
+
+    def decide(view):
+        jax.debug.callback(lambda *trees: seen.extend(trees), view.pending(), view.remainder())
+        return sasg_jax.Decision(jnp.asarray(upload), jnp.zeros(()))
+
+    rule = sasg_jax.Rule(name="sees()", decide=decide)
+    method = sasg_jax.make_method(
+        COMPRESSORS["top_k"], rule, num_workers=M, learning_rate=0.5, feedback=FEEDBACKS[feedback]
+    )
+    new, post = _round(_worker(method), method)
+    jax.effects_barrier()
+    pending, remainder = seen
+    before = {"residual": KEPT, "decay": _gamma(KEPT, 0.75), "reconstruction": _gamma(KEPT, -1)}
+    chex.assert_trees_all_equal(pending, jax.tree.map(np.add, _gamma(GRADS), before[feedback]))
+    smallest = jax.tree.map(lambda p, rest: np.abs(p - rest)[p != rest].min(), pending, remainder)
+    chex.assert_trees_all_equal_shapes(remainder, PARAMS)
+    for name in PARAMS:
+        assert 0 < np.count_nonzero(remainder[name]) < remainder[name].size
+        assert np.abs(remainder[name]).max() <= smallest[name]
+    if upload and feedback != "reconstruction":
+        chex.assert_trees_all_equal(new.feedback.residual, remainder)
+        sent = method.compressor.decompress(post.message, PARAMS)
+        chex.assert_trees_all_equal(jax.tree.map(np.add, sent, remainder), pending)
+
+
+@pytest.mark.parametrize("silence", SILENCES)
+@pytest.mark.parametrize(
+    ("upload", "remembers", "present", "bad", "memory"),
+    [
+        (False, True, True, False, 7),
+        (True, True, True, False, 70),  # what sent makes of what was decided
+        (False, False, True, False, 1),
+        (True, False, True, False, 10),
+        (False, True, False, False, 1),
+        (True, True, False, False, 1),
+        (True, True, True, True, 1),
+    ],
+)
+def test_what_the_rule_remembers_of_a_round(upload, remembers, present, bad, memory, silence):
+    """Nothing where it is absent or refused; else what it has decided, then what ``sent`` makes."""
+
+    def decide(view):
+        after = view.memory + 6 if remembers else None
+        return sasg_jax.Decision(jnp.asarray(upload), jnp.zeros(()), memory=after)
+
+    rule = sasg_jax.Rule(
+        name="remembers()",
+        decide=decide,
+        init_worker=lambda params: jnp.ones(()),
+        sent=lambda memory, *upload: 10 * memory,
+    )
+    method = sasg_jax.make_method(
+        COMPRESSORS["top_k"], rule, num_workers=M, learning_rate=0.5, silence=silence
+    )
+    worker, _ = _first(method)
+    grads = _with(GRADS, np.nan) if bad else GRADS
+    new, _ = _compiled(method)(
+        worker, _first(method)[1], grads, STALE_GRADS, np.int32(0), np.bool_(present)
+    )
+    assert float(new.rule) == memory
+    assert bool(new.uploaded) is (upload and present and not bad)
+    assert bool(new.finite) is not bad
 
 
 # What is not finite -------------------------------------------------------------------------------

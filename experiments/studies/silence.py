@@ -21,6 +21,7 @@ from experiments.configs import CONFIGS
 from experiments.report.tables import numbers_table
 from experiments.training.inputs import normaliser
 from experiments.training.records import session, write_json
+from sasg_jax.numerics import squared_distance
 
 PERIODS, SILENCES = (2, 4, 8), ("reuse", "keep", "drop")
 M, RATE, SIZE = 8, 0.01, 1000
@@ -190,7 +191,7 @@ def noise_on_mnist(dataset: data.Dataset, pairs: int = 4) -> list[dict[str, Any]
     def drift(rule: sasg_jax.Rule, silence: str) -> float:
         go_on = run(rule, silence, 0.04, 200)
         ends = [go_on(begun, jax.random.key(seed)) for seed in range(10, 10 + 2 * pairs)]
-        apart = lambda a, b: float(sasg_jax.numerics.squared_distance(a, b))
+        apart = lambda a, b: float(squared_distance(a, b))
         return float(np.mean([apart(ends[i], ends[i + 1]) for i in range(0, 2 * pairs, 2)]))
 
     base = drift(sasg_jax.always(), "keep")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sasg_jax._checks import check_fraction, expected, is_real, require
+from sasg_jax.control_flow import for_all
 from sasg_jax.numerics import PyTree
 from sasg_jax.rules.base import Decision, Rule, View
 
@@ -31,8 +32,8 @@ def held_rate(rate: float | Callable[[Any], Any], rule: Rule, *, gain: float = 0
     Args:
       rate: uploads per worker and round, in (0, 1], or a function of the round, e.g. of what the
         link can carry.
-      rule: what measures, e.g. ``innovation()``. Its own bound and its turns do not count; its
-        ``max_staleness`` does, and its ``silence`` is the default.
+      rule: what measures, e.g. ``innovation()``. Its own bound and turns do not count; where it has
+        a ``max_staleness``, that does. A silent worker's direction goes into its residual.
       gain: η, above 0: how fast θ follows."""
     if not callable(rate):
         rate = check_fraction("rate", rate)
@@ -44,14 +45,17 @@ def held_rate(rate: float | Callable[[Any], Any], rule: Rule, *, gain: float = 0
 
     def decide(view: View) -> Decision:
         held: Held = view.memory
-        measured = measure(view._replace(memory=held.memory))
+        skip = lambda: jnp.zeros((), jnp.float32)
+        found = lambda: measure(view._replace(memory=held.memory)).astype(jnp.float32)
+        measured = jax.lax.cond(for_all(view.forced), skip, found)
+        measured = jnp.where(view.forced, 0, measured)
         wanted = jnp.asarray(rate(view.round.number) if callable(rate) else rate, jnp.float32)
         log = jnp.log(jnp.maximum(measured, jnp.finfo(jnp.float32).tiny))
         started = held.started | ((measured > 0) & jnp.isfinite(measured))
         threshold = jnp.where(held.started, held.log_threshold, jnp.where(started, log, 0))
         # Written so that what is not a number uploads; at first, nobody knows what is much.
         upload = view.forced | ~held.started | ~(log <= threshold)
-        moved = jnp.where(started, threshold + gain * (upload - wanted), 0)
+        moved = jnp.where(started, threshold + float(gain) * (upload - wanted), 0)
         return Decision(upload, measured, memory=Held(held.memory, moved, started))
 
     def sent(memory: Held, *upload):
@@ -63,6 +67,9 @@ def held_rate(rate: float | Callable[[Any], Any], rule: Rule, *, gain: float = 0
         rule,
         name=f"held_rate({shown}, {rule.name})",
         decide=decide,
+        measure=None,
+        silence="keep",
+        begin=lambda shared, round: (jnp.zeros((), jnp.float32), rule.begin(shared, round)[1]),
         init_worker=lambda params: Held(rule.init_worker(params), zero(), no()),
         sent=sent,
     )

@@ -75,8 +75,9 @@ def innovation(
         :func:`released_alpha` is the authors' choice. A step made at a learning rate for which it
         is not finite weighs nothing.
       theta: θ, at least 0, by default 0.3; larger means fewer uploads.
-      max_staleness: an upload is forced when the last one is this many rounds back; by default 10,
-        and 2 without an alpha, which holds before momentum, too. Before SGD, 8 saves more.
+      max_staleness: an upload is forced when the last one is this many rounds back; by default 10.
+        Without an alpha, the longest period, by default 2, which holds before momentum, too. Before
+        SGD, 8 saves more.
       look_every: uploads from one look to the next, by default 16: a look takes as long as another
         gradient.
       history: D, the past steps that the threshold of (6) sums over; the first D rounds force

@@ -45,7 +45,7 @@ def own_period(
 
     def decide(view: View) -> Decision:
         memory, worker = view.memory, view.worker
-        upload = view.forced | ((view.round.number + worker) % memory.period == 0)
+        upload = (view.round.number + worker) % memory.period == 0
         # Not in the first upload, before which there is nothing; nor all in the same round.
         first = memory.uploads == 0
         uploads = memory.uploads + jnp.where(first, 1 + worker % look_every, 1) * upload
@@ -74,8 +74,8 @@ def own_period(
     return Rule(
         name=f"innovation({settings}{', share_stale_params=True' * share_stale_params})",
         decide=decide,
-        measure=measure,
-        max_staleness=max_staleness,
+        # What is shared goes back no further than a turn.
+        measure=None if share_stale_params else measure,
         silence="keep",
         init_worker=lambda params: OwnPeriod(own(params), one(), jnp.zeros((), jnp.int32)),
         init_shared=lambda params: init_recent(params, kept) if share_stale_params else (),

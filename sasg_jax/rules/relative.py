@@ -28,7 +28,7 @@ def message_share(theta: float = 0.3, *, max_staleness: int = 10) -> Rule:
 
     It makes a message to see, in every round: as long as sending takes, and no second gradient."""
     energy = lambda view: squared_norm(view.pending())
-    carried = lambda view: energy(view) - squared_norm(view.remainder())
+    carried = lambda view: jnp.maximum(energy(view) - squared_norm(view.remainder()), 0)
     measure = lambda view: (carried(view), energy(view))
     return _relative("message_share", measure, check_theta(theta), max_staleness)
 

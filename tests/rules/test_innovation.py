@@ -1,6 +1,7 @@
 """Rule (6) by hand: its threshold, what it measures, and when an upload is forced."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,11 +254,12 @@ def test_sharing_that_is_no_flag(value, alpha):
         innovation(alpha, share_stale_params=value)
 
 
-@pytest.mark.parametrize("alpha", [1.0, [1.0] * 10, lambda rate: rate], ids=str)
-def test_theta_with_an_alpha(alpha):
-    """Also one that would be the default without."""
-    with pytest.raises(ValueError, match=r"^Expected theta=0\.1 to be None with an alpha, which "):
-        innovation(alpha, theta=0.1)
+@pytest.mark.parametrize("name", ["theta", "look_every"])
+@pytest.mark.parametrize("alpha", [1.0, (1.0,) * 10, released_alpha])
+def test_arguments_of_the_other_form_with_an_alpha(alpha, name):
+    options: Any = {name: 1}
+    with pytest.raises(ValueError, match=rf"^Expected {name}=1 to be None with an alpha, which "):
+        innovation(alpha, **options)
 
 
 def test_history_without_an_alpha():

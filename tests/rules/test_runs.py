@@ -52,7 +52,7 @@ RULES = {
     ),
     "held_innovation": Case(
         sasg_jax.held_rate(0.55, sasg_jax.innovation()),
-        {"measured": Measured("innovation", 0, 2, rate=0.55)},
+        {"measured": Measured("innovation", 0, 10**6, rate=0.55)},
     ),
     "held_residual_norm": Case(
         sasg_jax.held_rate(0.25, sasg_jax.residual_norm(), gain=0.2),
