@@ -321,11 +321,12 @@ def holds_back(
     if worker.log_bound is not None and not is_stale:
         silent = bool(log <= worker.log_bound)
         gap = abs(float(log - worker.log_bound))
-    if worker.log_bound is None:
+    before = worker.log_bound
+    if before is None:
         if not 0 < found < np.inf:
             return silent, gap
-        worker.log_bound = log
-    worker.log_bound = np.float32(worker.log_bound + rule.gain * ((not silent) - rule.rate))
+        before = log
+    worker.log_bound = np.float32(before + rule.gain * ((not silent) - rule.rate))
     return silent, gap
 
 

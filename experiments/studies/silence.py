@@ -177,7 +177,7 @@ def noise_on_mnist(dataset: data.Dataset, pairs: int = 4) -> list[dict[str, Any]
     images, labels = map(jnp.asarray, (dataset.train_images, dataset.train_labels))
 
     def loss(params, batch):
-        logits = model.apply({"params": params}, normalise(images[batch]), train=True)
+        logits: Any = model.apply({"params": params}, normalise(images[batch]), train=True)
         log_probabilities = jax.nn.log_softmax(logits)
         return -jnp.take_along_axis(log_probabilities, labels[batch][:, None], 1).mean()
 

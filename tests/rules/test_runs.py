@@ -17,6 +17,7 @@ from problems import ALPHA, DENSITY, LEARNING_RATE, M
 
 import sasg_jax
 from sasg_jax.exchanges import shards
+from sasg_jax.rules import SILENCES
 from sasg_jax.states import find_state
 
 ROUNDS = 300
@@ -62,12 +63,7 @@ RULES = {
 EVERY_DAY = [("innovation", "keep", True), ("held_innovation", "keep", False)]
 EVERY_DAY += [("residual_norm", "keep", False), ("message_share", "reuse", True)]
 EVERY_DAY += [("direction_change", "drop", False)]
-CASES = [
-    (name, silence, ways)
-    for name in RULES
-    for silence in sasg_jax.rules.SILENCES
-    for ways in (False, True)
-]
+CASES = [(name, silence, ways) for name in RULES for silence in SILENCES for ways in (False, True)]
 
 
 @functools.cache
@@ -122,20 +118,22 @@ def test_three_hundred_rounds_are_the_oracles(case):
 
 SHORT = 12
 PRESENT = np.random.default_rng(5).random((SHORT, M)) < 0.8
-ABSENT = {"present": PRESENT}
+ABSENT: dict[str, Any] = {"present": PRESENT}
 
 
 def _adds_up():
     """What the server's steps come to, in its state; they pass as they are."""
 
-    def update(updates, total, params=None):
-        return updates, jax.tree.map(lambda t, u: t + u.astype(jnp.float32), total, updates)
+    def update(updates, state, params=None):
+        return updates, jax.tree.map(lambda t, u: t + u.astype(jnp.float32), state, updates)
 
     zeros = lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     return optax.GradientTransformation(zeros, update)
 
 
-def _kept(rule="innovation", exchange="lazy", driver="vmap", optimizer="sgd", **more):
+def _kept(
+    rule="innovation", exchange="lazy", driver="vmap", optimizer="sgd", **more: Any
+) -> dict[str, Any]:
     return {"rule": rule, "exchange": exchange, "driver": driver, "optimizer": optimizer} | more
 
 
