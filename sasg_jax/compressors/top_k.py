@@ -127,7 +127,13 @@ def _concatenate(tree: PyTree) -> list[jax.Array]:
     if not vectors:
         return []
     dtype = jnp.result_type(*(x.dtype for x in vectors))
-    return [jnp.concatenate([x.astype(dtype) for x in vectors])]
+    # Written part by part. A concatenation is made anew in each kernel that reads it: XLA's fast
+    # top-k is lost behind one, and a message takes ten times as long.
+    whole, start = jnp.zeros(total, dtype), 0
+    for x in vectors:
+        whole = jax.lax.dynamic_update_slice(whole, x.astype(dtype), (start,))
+        start += x.size
+    return [whole]
 
 
 def _split(vectors: Sequence[jax.Array], like: PyTree) -> PyTree:
