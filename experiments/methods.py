@@ -40,6 +40,11 @@ class Method:
         return self.rule == "innovation"
 
     @property
+    def gradients(self) -> float:
+        """Of a worker in a round, at most."""
+        return 1.0 if not self.compares else 2.0 if self.alpha else 1 + 1 / LOOK_EVERY
+
+    @property
     def settings(self) -> tuple[str, ...]:
         """Fields of a configuration that can be tuned for it; others make no difference to it."""
         of_rule = {
@@ -51,6 +56,9 @@ class Method:
         silence = () if self.rule == "always" else ("silence",)
         return ("learning_rate", "batch_size", *sparse, *of_rule[self.rule], *silence)
 
+
+LOOK_EVERY = 16
+"""Uploads from one second gradient to the next, as the rule without an alpha has it."""
 
 _LAZY: Any = {"rule": "innovation", "alpha": "sasg", "scope": "tensor"}
 METHODS = {

@@ -13,13 +13,12 @@ import tyro
 
 from experiments import data
 from experiments.configs import CONFIGS, Config
+from experiments.methods import LOOK_EVERY
 from experiments.report.tables import numbers_table
 from experiments.training.records import Store, session, write_json
 from experiments.training.runs import Reporter, Run, perform
 
 THETAS = (0.01, 0.1, 1.0, 10.0, 100.0)
-LOOK_EVERY = 16
-"""Uploads from one second gradient to the next, as the rule has it."""
 
 
 @dataclasses.dataclass

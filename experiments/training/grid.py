@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,6 +131,6 @@ def _outcome(run: Run, store: Store) -> dict[str, Any]:
         return {"seed": run.seed, "diverged": True}
     taken = {f"{key}_at_target": record[f"{key}_at_target"] for key in OUTCOME}
     rounds, row = taken["iterations_at_target"], METHODS[run.method]
-    gradients = rounds and rounds * (2 if row.compares else 1)
+    gradients = rounds and math.ceil(rounds * row.gradients)
     accuracy = record["final_test_accuracy"]
     return {"seed": run.seed, **taken, "gradients_at_target": gradients, "accuracy": accuracy}

@@ -8,8 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+import sasg_jax
 from experiments.configs import CONFIGS
-from experiments.methods import EXCHANGES, METHODS, OPTIMIZERS, learning_rate, make_optimizer
+from experiments.methods import (
+    EXCHANGES,
+    LOOK_EVERY,
+    METHODS,
+    OPTIMIZERS,
+    learning_rate,
+    make_optimizer,
+)
 from sasg_jax import exchanges as library
 
 CIFAR = CONFIGS["cifar10_resnet18"]
@@ -82,6 +90,11 @@ def test_a_setting_of_a_method_is_heard(name, setting, value, part, shown):
     config = dataclasses.replace(CONFIGS["digits"], **{setting: value})
     assert setting in METHODS[name].settings
     assert dict(make_optimizer(config, name).method.settings)[part] == shown
+
+
+def test_a_rule_without_an_alpha_looks_as_seldom_as_the_library_does():
+    assert f"look_every={LOOK_EVERY}" in sasg_jax.innovation().name
+    assert [METHODS[name].gradients for name in ("turn", "sasg", "sasg_keep")] == [1, 2, 17 / 16]
 
 
 def test_the_exchanges_are_the_librarys():
