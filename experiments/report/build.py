@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from experiments.configs import CONFIGS
-from experiments.report import cells, claims, findings, measured, paper, trained
+from experiments.report import cells, claims, findings, measured, paper, trained, tuned
 from experiments.report.findings import Results, Run
 from experiments.report.page import Cell, Section, Table, number, text, words, write_page
 from experiments.report.tables import format_seconds
@@ -26,6 +26,7 @@ def write_report(directory: pathlib.Path) -> pathlib.Path:
     others -= {"mnist_fc", "cifar10_narrow", "hetero_narrow"}
     names = ["mnist_fc", "cifar10_narrow", *sorted(others)]
     sections = [
+        *tuned.sections(directory),
         *(trained.table2(results, name, verdicts) for name in names),
         trained.figure2(results, names, files),
         measured.communication(results, verdicts, files),

@@ -18,7 +18,7 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
     target = records[0]["target_accuracy"]
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
     table = numbers_table(
-        f"{describe(records[0])}: what it took to reach {target:.0%} test accuracy",
+        f"{describe(records[0])}: what it took to reach {target:.0%} test accuracy, at one rate",
         ("Method",),
         ("Rounds", "Uploads", "Paper bits", "Uplink", "Both ways", "Accuracy", "ms/round"),
     )

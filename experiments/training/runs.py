@@ -217,3 +217,6 @@ def perform(
             save_params(files.params_path, final_params)
             files.finish(record)
             store.write_summary()
+        if record.iterations < run.config.iterations:
+            rounds = f"{record.iterations:,} rounds and {record.uploads:,} uploads"
+            reporter.say(f"{run.label}: at the target after {rounds}")
