@@ -86,10 +86,10 @@ def train(
         if run.is_evaluated:
             point = run.evaluate(on_evaluation)
             on_point(point)
+        run.save(checkpoints)
         on_rounds(rounds)
         if point and config.until_target and point.test_accuracy >= config.target_accuracy:
             break
-        run.save(checkpoints)
     assert point is not None  # the last round is always made, and evaluated
     return run.record(point)
 

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from experiments.configs import CONFIGS
-from experiments.methods import METHODS, PAPER_METHODS
-from experiments.report import findings
+from experiments.methods import METHODS, PAPER_METHODS, describe_setting
+from experiments.report import findings, tuned
 from experiments.report.tables import format_bytes
 from experiments.studies import bench
 from experiments.training.records import Store, at_target
@@ -54,7 +54,11 @@ def test_results_name_no_path_of_a_machine(results):
 
 
 def _readme_rows(name):
-    section = README.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
+    return _rows_of(README, name)
+
+
+def _rows_of(page, name):
+    section = page.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in section.splitlines()
@@ -113,3 +117,55 @@ def test_readme_quotes_the_means(results, name):
         assert up == format_bytes(mean("uplink_bytes"))
         assert both.split(" (")[0] == format_bytes(mean("uplink_bytes", "downlink_bytes"))
         assert accuracy == f"{group.in_the_end('final_test_accuracy').mean:.2%}"
+
+
+@pytest.mark.parametrize("name", ["mnist_fc", "digits"])
+def test_readme_quotes_what_each_method_takes_at_its_best(name):
+    found = tuned.methods(tuned.read(RESULTS)[name])
+    rows = _readme_rows(f"best-{name}")
+    assert [row[0] for row in rows] == [METHODS[of.method].label for of in found]
+    sgd = found[0]
+    for (_, settings, rounds, gradients, uploads, up, both, accuracy), of in zip(
+        rows, found, strict=True
+    ):
+        assert settings == ", ".join(describe_setting(*setting) for setting in of.best.items())
+
+        def mean(*keys, of=of):
+            spread = of.at_target(*keys)
+            assert spread is not None
+            return spread
+
+        some = f" ({len(of.reached)} of {len(of.runs)})" * (len(of.reached) < len(of.runs))
+        assert rounds == f"{mean('iterations').mean:,.0f}{some}"
+        assert gradients == f"{mean('gradients').mean:,.0f}"
+        spread = mean("uploads")
+        assert uploads == f"{spread.mean:,.0f} ± {spread.sd:,.0f}"
+        for shown, keys in ((up, (tuned.UP,)), (both, (tuned.UP, tuned.DOWN))):
+            ratio = mean(*keys, of=sgd).mean / mean(*keys).mean
+            assert shown == f"{format_bytes(mean(*keys).mean)} (1/{ratio:,.1f})"
+        assert of.accuracy is not None
+        assert accuracy == f"{of.accuracy.mean:.2%}"
+
+
+DOCS = (ROOT / "docs" / "silence.md").read_text()
+SILENCE = json.loads((RESULTS / "silence" / "silence.json").read_text())
+
+
+def test_the_page_on_silence_quotes_its_measurements():
+    rows = _rows_of(DOCS, "noise")
+    measured = {
+        where: {(row["silence"], row["period"]): row["measured"] for row in SILENCE[where]}
+        for where in ("quadratic", "mnist")
+    }
+    assert len(rows) == len(measured["mnist"])
+    for silence, period, formula, quadratic, mnist in rows:
+        key = silence, int(period)
+        assert float(formula) == {"keep": 1}.get(silence, int(period))
+        assert quadratic == f"{measured['quadratic'][key]:.2f}"
+        assert mnist == f"{measured['mnist'][key]:.2f}"
+    rows = _rows_of(DOCS, "rates")
+    assert len(rows) == len(SILENCE["small_rates"])
+    for row, (noise, rate, reuse, keep) in zip(SILENCE["small_rates"], rows, strict=True):
+        assert (float(noise), float(rate)) == (row["noise"], row["rate"])
+        shown = ["never" if row[key] is None else f"{row[key]:,}" for key in ("reuse", "keep")]
+        assert [reuse, keep] == shown

@@ -216,11 +216,12 @@ def untimed(record):
     ("config", "method", "stops"),
     [
         (MLP, "sasg_two_way", (7, 21, 28)),
+        (MLP, "sasg_keep", (19,)),
         (MLP, "lasg", (28,)),
         # With statistics of BatchNorm.
         pytest.param(RESNET, "sasg", (12,), marks=pytest.mark.slow),
     ],
-    ids=["sasg_two_way", "lasg", "resnet"],
+    ids=["sasg_two_way", "sasg_keep", "lasg", "resnet"],
 )
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, digits, config, method, stops):
     """The same curve and record, the same report of every round, and the same final parameters;
