@@ -86,9 +86,12 @@ def train(
         if run.is_evaluated:
             point = run.evaluate(on_evaluation)
             on_point(point)
-        run.save(checkpoints)
+        target = config.target_accuracy if config.until_target else np.inf
+        is_done = point is not None and point.test_accuracy >= target
+        if not is_done:  # or it would go on from there, past its end
+            run.save(checkpoints)
         on_rounds(rounds)
-        if point and config.until_target and point.test_accuracy >= config.target_accuracy:
+        if is_done:
             break
     assert point is not None  # the last round is always made, and evaluated
     return run.record(point)

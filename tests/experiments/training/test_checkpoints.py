@@ -216,7 +216,7 @@ def untimed(record):
     ("config", "method", "stops"),
     [
         (MLP, "sasg_two_way", (7, 21, 28)),
-        (MLP, "sasg_keep", (19,)),
+        (MLP, "sasg_keep", (21,)),
         (MLP, "lasg", (28,)),
         # With statistics of BatchNorm.
         pytest.param(RESNET, "sasg", (12,), marks=pytest.mark.slow),
