@@ -58,10 +58,12 @@ def plot_curves(runs: Sequence[RunFiles], path: pathlib.Path, title: str) -> Non
     accuracies = [point["test_accuracy"] for _, curve in done for point in curve]
     for axis in axes[0]:
         axis.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
-        axis.set_ylim(_lowest_accuracy(accuracies, target), None)
+        lowest, highest = _lowest_accuracy(accuracies, target), max(*accuracies, target)
+        axis.set_ylim(lowest, min(1.0, highest + 0.05 * (highest - lowest) + 1e-3))
     for axis in axes[1]:
         axis.set_yscale("log")
-    axes[0, 0].legend(loc="lower right", frameon=False)
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)

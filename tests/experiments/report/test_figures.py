@@ -38,7 +38,7 @@ def test_every_run_is_drawn_in_all_six_panels(tmp_path, monkeypatch, methods):
         key = "accuracy" if i < 3 else "loss"
         expected = [0.91, 0.92, 0.93] if key == "accuracy" else [1, 1 / 2, 1 / 3]
         assert list(curves[0].get_ydata()) == pytest.approx(expected)
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == [METHODS[method].label for method in methods]
     monkeypatch.undo()
     plt.close(figure)
