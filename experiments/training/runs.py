@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import rich.console
 import rich.progress
@@ -213,6 +214,7 @@ def perform(
             on_rounds=reporter.on_rounds,
             on_evaluation=on_evaluation,
         )
+        jax.clear_caches()  # hundreds of runs in one process would run out of memory for code
         if is_main:
             save_params(files.params_path, final_params)
             files.finish(record)
