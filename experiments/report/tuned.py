@@ -50,7 +50,7 @@ def _spread(values: list[Any]) -> Spread | None:
 def read(directory: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     """What ``compare`` has left in folders ``best/*``, by experiment."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(directory.glob("best/*/best.json")):
+    for path in sorted(directory.glob("best/*/best*.json")):
         content = read_json(path, _FIELDS)
         found.setdefault(content["config"], []).append(content)
     return found

@@ -187,9 +187,10 @@ def _train(options: Options, group: cluster.Group | None, arguments: Sequence[st
                 perform(run)
     if is_main and picks:
         tuned = grid.report(options, picks, shown, store)
-        write_json(directory / "best.json", {**session(arguments), **tuned})
+        best = grid.path(directory, methods)
+        write_json(best, {**session(arguments), **tuned})
         console.print(tuned_table(tuned))
-        console.print(f"Settings: {directory / 'best.json'}", soft_wrap=True)
+        console.print(f"Settings: {best}", soft_wrap=True)
     elif is_main:
         console.print(comparison_table(store.records()))
     if is_main:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from experiments.configs import Config
 from experiments.methods import METHODS
 from experiments.options import Compare, Options
-from experiments.training.records import Store
+from experiments.training.records import Store, read_json
 from experiments.training.runs import Run
 
 AXES = "learning_rate alpha_c density scope batch_size period theta max_staleness silence".split()
@@ -118,6 +119,15 @@ def report(
         "reported_seeds": list(options.seeds[1:] or options.seeds),
         "methods": methods,
     }
+
+
+def path(directory: pathlib.Path, methods: Sequence[str]) -> pathlib.Path:
+    """Where the outcome of tuning ``methods`` goes: ``best.json``, unless that is of others."""
+    for number in itertools.count(1):
+        found = directory / ("best.json" if number == 1 else f"best-{number}.json")
+        if not found.exists() or {*read_json(found, "methods")["methods"]} == {*methods}:
+            return found
+    raise AssertionError  # the numbers have no end
 
 
 OUTCOME = "iterations uploads uplink_bytes downlink_bytes".split()

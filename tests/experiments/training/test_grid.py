@@ -9,6 +9,7 @@ from experiments import cli
 from experiments.configs import CONFIGS
 from experiments.options import Compare
 from experiments.training import grid
+from experiments.training.records import write_json
 from experiments.training.runs import Run
 
 DIGITS = CONFIGS["digits"]
@@ -118,6 +119,15 @@ def test_the_same_command_makes_nothing_anew(tuned, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "each at its best" in printed
     assert "Means over seeds 2, 3." in printed
+
+
+def test_other_methods_do_not_write_over_what_was_tuned_before(tmp_path):
+    write_json(tmp_path / "best.json", {"methods": {"sgd": {}, "turn": {}}})
+    assert grid.path(tmp_path, ("turn", "sgd")) == tmp_path / "best.json"
+    assert grid.path(tmp_path, ("sasg",)) == tmp_path / "best-2.json"
+    write_json(tmp_path / "best-2.json", {"methods": {"sasg": {}}})
+    assert grid.path(tmp_path, ("sasg",)) == tmp_path / "best-2.json"
+    assert grid.path(tmp_path, ("lasg", "sasg")) == tmp_path / "best-3.json"
 
 
 def test_a_setting_that_diverges_is_not_the_best(tmp_path, capsys):
