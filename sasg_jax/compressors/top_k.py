@@ -58,7 +58,9 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
 
     def compress_vector(x, threshold):
         kept = max(1, math.floor(density * x.size))
-        if is_approximate:
+        if kept == x.size:  # all of them, whatever their magnitudes
+            indices = jnp.arange(kept)
+        elif is_approximate:
             indices, threshold = selection_lib.approximate_top_k(x, kept, threshold)
         else:
             indices = selection_lib.magnitude_top_k(x, kept, method=selection)
