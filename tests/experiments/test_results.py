@@ -190,3 +190,13 @@ def test_commands_name_no_path_of_a_machine(path):
     content = json.loads(path.read_text())
     command = content.get("command", "") if isinstance(content, dict) else ""
     assert not re.search(r"\s/", command)
+
+
+def test_readme_says_how_it_does_on_mnist():
+    content = json.loads((RESULTS / "scale_free" / "mnist_fc.json").read_text())
+    rows = content["tasks"]
+    assert (len(rows), {row["seeds"] for row in rows}) == (7, {1})
+    assert max(row["always"] - row["rule"] for row in rows) < 0.0025 + 5e-5
+    shares = sorted(round(100 * row["share"]) for row in rows)
+    assert (shares[0], shares[-1]) == (52, 77)
+    assert "within 0.25 points in all, for 52 to 77 % of the uploads" in " ".join(README.split())
