@@ -105,9 +105,11 @@ EXCHANGES = ("psum", "gather", "lazy", "relay", "server", "sharded")
 if TYPE_CHECKING:
     MethodName = str
     ExchangeName = str
+    OptimizerName = str
 else:
     MethodName = Literal[tuple(METHODS)]
     ExchangeName = Literal[EXCHANGES]
+    OptimizerName = Literal[OPTIMIZERS]
 
 
 _WORDS = {
@@ -176,10 +178,7 @@ def make_optimizer(
     if config.optimizer is None:
         return getattr(sasg_jax, method.maker)(rate, **top, **rule, **parts)
     compressor = sasg_jax.top_k(**top) if method.sparse else sasg_jax.identity()
-    made = getattr(sasg_jax, method.rule)(
-        **({"period": 8} if method.rule == "every" else {}) | rule
-    )
-    aggregate = sasg_jax.aggregate(compressor, made, **parts)
+    aggregate = sasg_jax.aggregate(compressor, getattr(sasg_jax, method.rule)(**rule), **parts)
     momentum = lambda rate: optax.sgd(rate, momentum=0.9)
     after = {"sgd": optax.sgd, "momentum": momentum, "adamw": optax.adamw}
     return sasg_jax.pipeline(aggregate, after[config.optimizer](rate))

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from experiments.configs import CONFIGS
-from experiments.methods import EXCHANGES, PAPER_METHODS, ExchangeName, MethodName
+from experiments.methods import (
+    EXCHANGES,
+    OPTIMIZERS,
+    PAPER_METHODS,
+    ExchangeName,
+    MethodName,
+    OptimizerName,
+)
 from experiments.processes.launch import ADDRESS, COUNT, INDEX
 
 if TYPE_CHECKING:
@@ -61,8 +68,8 @@ class Options:
     target: Annotated[float | None, optional("FLOAT")] = None
     """The test accuracy that is to be reached, in (0, 1]."""
     optimizer: Annotated[
-        Literal["sgd", "momentum", "adamw"] | None,
-        optional("sgd|momentum|adamw", "SGD with the learning rate inside the compressor"),
+        OptimizerName | None,
+        optional("|".join(OPTIMIZERS), "SGD with the learning rate inside the compressor"),
     ] = None
     """What steps with the mean of the workers' messages, which are then of gradients alone."""
     data_dir: Annotated[pathlib.Path | None, optional("DIR", "~/tensorflow_datasets")] = None

@@ -102,9 +102,7 @@ def noise_on_a_quadratic(rounds: int = 3000) -> list[dict[str, Any]]:
 
 def _variance(rule: sasg_jax.Rule, silence: str, rounds: int) -> float:
     loss = lambda w, noise: 0.5 * jnp.sum((w + noise) ** 2)
-    tx = sasg_jax.compressed_sgd(
-        RATE, sasg_jax.identity(), rule, num_workers=M, silence=silence, feedback=_residual(silence)
-    )
+    tx = sasg_jax.compressed_sgd(RATE, sasg_jax.identity(), rule, num_workers=M, silence=silence)
     step = sasg_jax.make_train_step(loss, tx, num_workers=M)
 
     def one(state, key):
@@ -114,10 +112,6 @@ def _variance(rule: sasg_jax.Rule, silence: str, rounds: int) -> float:
     keys = jax.random.split(jax.random.key(0), rounds)
     run = jax.jit(lambda state: jax.lax.scan(one, state, keys)[1])
     return float(run(step.init(jnp.zeros(SIZE)))[rounds // 3 :].mean())
-
-
-def _residual(silence: str) -> sasg_jax.Feedback:
-    return sasg_jax.residual() if silence == "keep" else sasg_jax.none()
 
 
 # --- Where reuse is better ------------------------------------------------------------------------
@@ -209,12 +203,7 @@ def _run_on(
 ) -> Callable[..., Any]:
     """Parameters after more rounds, as a function of those before and of a key."""
     tx = sasg_jax.compressed_sgd(
-        rate,
-        sasg_jax.identity(),
-        rule,
-        num_workers=workers,
-        silence=silence,
-        feedback=_residual(silence),
+        rate, sasg_jax.identity(), rule, num_workers=workers, silence=silence
     )
     step = sasg_jax.make_train_step(loss, tx, num_workers=workers)
     one = lambda state, key: (step.step(state, draw(key))[0], None)

@@ -1,5 +1,6 @@
 """A rule without units: turns, of a period that a worker finds by how fast its gradient changes."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from sasg_jax._checks import check_bool, check_int
 from sasg_jax.control_flow import for_all, zero_after
 from sasg_jax.numerics import PyTree, squared_distance, squared_norm
 from sasg_jax.rules.base import Decision, Round, Rule, View
+from sasg_jax.rules.fixed import always
 from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
 from sasg_jax.rules.relative import check_theta, ratio
 
@@ -30,8 +32,7 @@ def own_period(
     look_every = check_int("look_every", look_every, minimum=1)
     check_bool("share_stale_params", share_stale_params)
     if max_staleness == 1:
-        decide = lambda view: Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
-        return Rule(name="innovation(max_staleness=1)", decide=decide, always=True, silence="keep")
+        return dataclasses.replace(always(), name="innovation(max_staleness=1)")
     kept = max_staleness + 1  # as the parameters of a turn ago are asked for
     longest = 2 ** (max_staleness.bit_length() - 1)
     one = lambda: jnp.ones((), jnp.int32)
