@@ -23,6 +23,11 @@ class Config:
     scope: str | None = None
     """Where the largest entries are chosen, in each ``"tensor"`` or the ``"tree"``; None: as the
     method has it."""
+    values: str | None = None  # how kept values are written; None: as the method has it
+    indices: str | None = None  # and which they are
+    down_density: float | None = None  # of the way down, where it is sparse; None: as that up
+    residual_decay: float = 1.0  # β of the workers' residuals, of methods that send the top k
+    local_steps: int = 1  # H, steps of a worker's own SGD in a round
     max_staleness: int = 10  # of the rule with an alpha
     history: int = 10  # D
     period: int | None = None  # of turns, or the longest; None: as the method has it

@@ -28,6 +28,7 @@ class Method:
     alpha: str | None = None  # whose c of ``Config.alpha_c`` its upload rule takes, of those with α
     rule: str = "always"  # the name of its rule's function in sasg_jax
     two_way: bool = False  # whether it sends the top k of the step back
+    coded: bool = False  # whether it sends signs, and indices in few bits
 
     @property
     def sparse(self) -> bool:
@@ -39,10 +40,10 @@ class Method:
         """Whether its rule asks for a second gradient."""
         return self.rule == "innovation"
 
-    @property
-    def gradients(self) -> float:
+    def gradients(self, local_steps: int = 1) -> float:
         """Of a worker in a round, at most."""
-        return 1.0 if not self.compares else 2.0 if self.alpha else 1 + 1 / LOOK_EVERY
+        looks = 0.0 if not self.compares else 1.0 if self.alpha else 1 / LOOK_EVERY
+        return local_steps * (1 + looks)
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -52,9 +53,12 @@ class Method:
             "every": ("period",),
             "innovation": ("alpha_c", "max_staleness") if self.alpha else ("theta", "period"),
         }
-        sparse = ("density", "scope") if self.sparse else ()
+        sparse = ("density", "scope", "values", "indices", "residual_decay") if self.sparse else ()
+        down = ("down_density",) if self.two_way else ()
+        steps = () if self.alpha else ("local_steps",)  # an α is for gradients
         silence = () if self.rule == "always" else ("silence",)
-        return ("learning_rate", "batch_size", *sparse, *of_rule[self.rule], *silence)
+        of_message = *sparse, *down
+        return ("learning_rate", "batch_size", *steps, *of_message, *of_rule[self.rule], *silence)
 
 
 LOOK_EVERY = 16
@@ -92,8 +96,21 @@ METHODS = {
         rule="every",
         two_way=True,
     ),
+    "sasg_coded": Method(
+        *("SASG, coded", "#7a5195", "sasg", ("server", "sharded")),
+        **_LAZY,
+        two_way=True,
+        coded=True,
+    ),
+    "local_coded": Method(
+        *("In turn, coded", "#003f5c", "turn_sgd", ("server",)),
+        scope="tree",
+        rule="every",
+        two_way=True,
+        coded=True,
+    ),
 }
-"""The paper's four methods, two that keep, and some with a sparse way down."""
+"""The paper's four methods, two that keep, some with a sparse way down, and two of few bits."""
 
 PAPER_METHODS = ("sgd", "sparse", "lasg", "sasg")
 OPTIMIZERS = ("sgd", "momentum", "adamw")
@@ -116,6 +133,10 @@ _WORDS = {
     "learning_rate": "rate {:g}",
     "batch_size": "{} images",
     "scope": "{} scope",
+    "values": "{} values",
+    "indices": "{} indices",
+    "residual_decay": "decay {:g}",
+    "local_steps": "{} steps",
     "alpha_c": "c {:g}",
     "period": "period {}",
     "theta": "θ {:g}",
@@ -126,7 +147,10 @@ _WORDS = {
 
 def describe_setting(name: str, value: Any) -> str:
     """A setting for people."""
-    return f"{100 * value:g} %" if name == "density" else _WORDS[name].format(value)
+    percent = {"density": "{:g} %", "down_density": "{:g} % down"}
+    if name in percent:
+        return percent[name].format(100 * value)
+    return _WORDS[name].format(value)
 
 
 def learning_rate(config: Config) -> "optax.ScalarOrSchedule":
@@ -135,7 +159,8 @@ def learning_rate(config: Config) -> "optax.ScalarOrSchedule":
 
     if not config.decay_iterations:
         return config.learning_rate
-    scales = dict.fromkeys(config.decay_iterations, 0.1)
+    # It counts steps, of which there may be several in a round.
+    scales = {config.local_steps * rounds: 0.1 for rounds in config.decay_iterations}
     return optax.piecewise_constant_schedule(config.learning_rate, scales)
 
 
@@ -159,8 +184,13 @@ def make_optimizer(
     if method.sparse:
         top = {"density": config.density, "selection": selection}
         top["scope"] = config.scope or method.scope
+        written = ("sign", "elias_fano") if method.coded else ("plain", "plain")
+        top["values"], top["indices"] = config.values or written[0], config.indices or written[1]
     if method.two_way:
-        parts["downlink"] = sasg_jax.top_k(**top)
+        density = config.down_density or config.density
+        parts["downlink"] = sasg_jax.top_k(**{**top, "density": density})
+    if config.residual_decay != 1:
+        parts["feedback"] = sasg_jax.residual(config.residual_decay)
     rule: dict[str, Any] = {}
     if method.rule == "every":
         rule = {"period": config.period or 8}
@@ -175,6 +205,8 @@ def make_optimizer(
         alpha = sasg_jax.released_alpha(config.alpha_c[method.alpha], workers)
         inside = config.optimizer is None  # where the rule knows the rate
         rule["alpha"] = alpha if inside else alpha(config.learning_rate)
+    if config.local_steps > 1:  # which have made γ g of their gradients
+        rate = 1.0
     if config.optimizer is None:
         return getattr(sasg_jax, method.maker)(rate, **top, **rule, **parts)
     compressor = sasg_jax.top_k(**top) if method.sparse else sasg_jax.identity()

@@ -24,6 +24,8 @@ else:
     ConfigName = Literal[tuple(CONFIGS)]
 SCOPE = Literal["tensor", "tree"]
 SILENCE = Literal["reuse", "keep", "drop"]
+VALUES = Literal["plain", "bfloat16", "sign", "sign2", "sign4", "sign8"]
+INDICES = Literal["plain", "fixed", "tiled", "bitmap", "elias_fano"]
 
 
 def optional(metavar: str, default: str = "the configuration's") -> Any:
@@ -49,6 +51,8 @@ class Options:
     the narrow ones."""
     iterations: Annotated[int | None, optional("INT")] = None
     """Training rounds."""
+    gradients: Annotated[int | None, optional("INT", "as --iterations has it")] = None
+    """Gradients of a worker, in place of --iterations: of several in a round, fewer rounds."""
     evaluate_every: Annotated[int | None, optional("INT")] = None
     """Rounds between two evaluations on the test set."""
     num_workers: Annotated[int | None, optional("INT")] = None
@@ -116,7 +120,8 @@ class Compare(Options):
     later; lasg sends whole gradients, but only from workers whose gradient has changed enough;
     sasg does both; in `turn` workers send the 1 % in turns, and sasg_keep in turns that come sooner
     where gradients change faster: who is silent keeps its gradient for later. The two_way ones also
-    send only 1 % of the step back.
+    send only 1 % of the step back, and the coded ones write both in few bits: signs, and indices as
+    Elias and Fano do.
 
     With several values for an option, e.g. --learning-rates 0.05 0.1 0.2, each method is tuned: all
     combinations of what it takes are run with the first seed, until they reach the target, and the
@@ -139,10 +144,20 @@ class Compare(Options):
     """γ, for a mean over workers."""
     alpha_c: Annotated[tuple[float, ...], optional("[FLOAT ...]", "the configuration's")] = ()
     """c of α = c·M/γ, of the paper's rule (6): lasg, sasg."""
+    local_steps: Annotated[tuple[int, ...], optional("[INT ...]", "1")] = ()
+    """Steps of each worker's own SGD in a round, after which it sends how far they led."""
     density: Annotated[tuple[float, ...], optional("[FLOAT ...]", "0.01")] = ()
     """Part of the entries that the sparse methods send, in (0, 1]."""
+    down_density: Annotated[tuple[float, ...], optional("[FLOAT ...]", "that up")] = ()
+    """Part of the entries that the server of a two_way or coded method sends back."""
     scope: Annotated[tuple[SCOPE, ...], optional("[tensor|tree ...]", "the method's")] = ()
     """Whether these are the largest of each tensor or of all."""
+    values: Annotated[tuple[VALUES, ...], optional("[NAME ...]", "the method's")] = ()
+    """How kept values are written: plain, bfloat16, or their signs and 1, 2, 4 or 8 magnitudes."""
+    indices: Annotated[tuple[INDICES, ...], optional("[NAME ...]", "the method's")] = ()
+    """And which they are: plain, fixed, tiled, bitmap, elias_fano."""
+    residual_decay: Annotated[tuple[float, ...], optional("[FLOAT ...]", "1")] = ()
+    """What remains in a round of what a worker has not sent, in (0, 1]."""
     batch_size: Annotated[tuple[int, ...], optional("[INT ...]", "the configuration's")] = ()
     """Examples of each worker in a round."""
     period: Annotated[tuple[int, ...], optional("[INT ...]", "the method's")] = ()
@@ -168,10 +183,20 @@ class Run(Options):
     """γ, for a mean over workers."""
     alpha_c: Annotated[float | None, optional("FLOAT", "the configuration's")] = None
     """c of α = c·M/γ, of the paper's rule (6): lasg, sasg."""
+    local_steps: Annotated[int | None, optional("INT", "1")] = None
+    """Steps of each worker's own SGD in a round, after which it sends how far they led."""
     density: Annotated[float | None, optional("FLOAT", "0.01")] = None
     """Part of the entries that the sparse methods send, in (0, 1]."""
+    down_density: Annotated[float | None, optional("FLOAT", "that up")] = None
+    """Part of the entries that the server of a two_way or coded method sends back."""
     scope: Annotated[SCOPE | None, optional("tensor|tree", "the method's")] = None
     """Whether these are the largest of each tensor or of all."""
+    values: Annotated[VALUES | None, optional("NAME", "the method's")] = None
+    """How kept values are written: plain, bfloat16, or their signs and 1, 2, 4 or 8 magnitudes."""
+    indices: Annotated[INDICES | None, optional("NAME", "the method's")] = None
+    """And which they are: plain, fixed, tiled, bitmap, elias_fano."""
+    residual_decay: Annotated[float | None, optional("FLOAT", "1")] = None
+    """What remains in a round of what a worker has not sent, in (0, 1]."""
     batch_size: Annotated[int | None, optional("INT", "the configuration's")] = None
     """Examples of each worker in a round."""
     period: Annotated[int | None, optional("INT", "the method's")] = None

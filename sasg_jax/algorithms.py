@@ -17,7 +17,8 @@ Each is a row of the table of parts, :func:`sasg_jax.compressed_sgd`, by name. T
 Args:
   learning_rate: γ, a number above 0 or an optax schedule of the round.
   num_workers: M, the size of the mapped axis.
-  density, scope, selection: see :func:`sasg_jax.top_k`.
+  density, scope, selection, values, indices: see :func:`sasg_jax.top_k`; the last four by keyword,
+    of :class:`SparseParts`.
   alpha, max_staleness, history, share_stale_params: see :func:`sasg_jax.innovation`. An alpha of
     None is ``released_alpha(0.5, num_workers)``, that is 0.5·M/γ.
   **parts: any others, e.g. downlink, exchange, silence: see :class:`sasg_jax.Parts`.
@@ -26,15 +27,25 @@ References: Deng et al., `Communication-Efficient Distributed Learning via Spars
 Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
 """
 
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import optax
 
-from sasg_jax.compressors import identity, top_k
+from sasg_jax.coders import IndexCoder, ValueCoder
+from sasg_jax.compressors import Compressor, identity, top_k
 from sasg_jax.method import Parts
 from sasg_jax.rules import Rule, always, every, innovation, released_alpha
 from sasg_jax.rules.innovation import Alpha, AlphaFn
 from sasg_jax.transform import Transformation, compressed_sgd
+
+
+class SparseParts(Parts, total=False):
+    """Of a method that sends the top k: how they are chosen and written, and the other parts."""
+
+    scope: str
+    selection: str
+    values: str | ValueCoder
+    indices: str | IndexCoder
 
 
 def sgd(
@@ -49,13 +60,11 @@ def sparse_sgd(
     *,
     num_workers: int,
     density: float = 0.01,
-    scope: str = "tensor",
-    selection: str = "auto",
-    **parts: Unpack[Parts],
+    **parts: Unpack[SparseParts],
 ) -> Transformation:
     """Sparsified SGD with memory: everybody sends the top k in every round."""
-    top = top_k(density, scope=scope, selection=selection)
-    return compressed_sgd(learning_rate, top, always(), num_workers=num_workers, **parts)
+    top, rest = _take_top_k(density, parts)
+    return compressed_sgd(learning_rate, top, always(), num_workers=num_workers, **rest)
 
 
 def lasg(
@@ -80,13 +89,11 @@ def sasg(
     *,
     num_workers: int,
     density: float = 0.01,
-    scope: str = "tensor",
-    selection: str = "auto",
     alpha: Alpha | AlphaFn | None = None,
     max_staleness: int = 10,
     history: int = 10,
     share_stale_params: bool = False,
-    **parts: Unpack[Parts],
+    **parts: Unpack[SparseParts],
 ) -> Transformation:
     """Sparse and adaptive SGD: the top k, from workers whose gradient has changed enough.
 
@@ -99,8 +106,8 @@ def sasg(
             updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
             return optax.apply_updates(params, updates), opt_state"""
     rule = _rule(alpha, num_workers, max_staleness, history, share_stale_params)
-    top = top_k(density, scope=scope, selection=selection)
-    return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **parts)
+    top, rest = _take_top_k(density, parts)
+    return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **rest)
 
 
 def turn_sgd(
@@ -108,15 +115,13 @@ def turn_sgd(
     *,
     num_workers: int,
     density: float = 0.01,
-    scope: str = "tree",
-    selection: str = "auto",
     period: int = 8,
-    **parts: Unpack[Parts],
+    **parts: Unpack[SparseParts],
 ) -> Transformation:
     """Sparse SGD in turns: each worker sends the top k in every ``period``-th round, and keeps what
     it has not sent. See :func:`sasg_jax.every`."""
-    top = top_k(density, scope=scope, selection=selection)
-    return compressed_sgd(learning_rate, top, every(period), num_workers=num_workers, **parts)
+    top, rest = _take_top_k(density, parts, scope="tree")
+    return compressed_sgd(learning_rate, top, every(period), num_workers=num_workers, **rest)
 
 
 def sasg_keep(
@@ -124,20 +129,28 @@ def sasg_keep(
     *,
     num_workers: int,
     density: float = 0.01,
-    scope: str = "tree",
-    selection: str = "auto",
-    theta: float = 0.3,
+    theta: float = 1.0,
     max_staleness: int = 8,
     share_stale_params: bool = False,
-    **parts: Unpack[Parts],
+    **parts: Unpack[SparseParts],
 ) -> Transformation:
     """Sparse and adaptive SGD that keeps: the top k, in turns whose period follows how fast a
     worker's gradient changes. See :func:`sasg_jax.innovation` without an alpha."""
     rule = innovation(
         theta=theta, max_staleness=max_staleness, share_stale_params=share_stale_params
     )
-    top = top_k(density, scope=scope, selection=selection)
-    return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **parts)
+    top, rest = _take_top_k(density, parts, scope="tree")
+    return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **rest)
+
+
+def _take_top_k(density: float, parts: SparseParts, **defaults: Any) -> tuple[Compressor, Parts]:
+    """The compressor that ``parts`` ask for, and those that are left."""
+    rest: dict[str, Any] = {**defaults, **parts}
+    own = {name: rest.pop(name) for name in _OF_TOP_K if name in rest}
+    return top_k(density, **own), cast(Parts, rest)
+
+
+_OF_TOP_K = "scope", "selection", "values", "indices"
 
 
 def _rule(alpha: Any, num_workers: int, max_staleness: int, history: int, share: bool) -> Rule:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from sasg_jax._checks import check_axis_name, check_choice, check_int, check_key, expected, require
-from sasg_jax.coders import Coder, coded
 from sasg_jax.compressors import Compressor, identity, top_k
 from sasg_jax.exchanges import EXCHANGES, Exchange, Needs, choose
 from sasg_jax.exchanges.shards import per_shard
@@ -28,9 +27,7 @@ class Parts(TypedDict, total=False):
     """What a silent worker counts as: ``"reuse"``, its last message again (the paper's);
     ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a mean
     over those that sent. By default the rule's: ``"reuse"`` for :func:`sasg_jax.innovation`."""
-    coder: Coder | None  # how a message is written; as it is by default
     downlink: Compressor | None  # of the way down, e.g. top_k(0.01); dense by default
-    downlink_coder: Coder | None  # how the server's message is written
     exchange: str | Exchange | None
     """How messages travel, one of :data:`sasg_jax.exchanges.EXCHANGES` by name or an object of
     one's own. By default what suits: ``"server"`` with a ``downlink``; ``"lazy"`` where workers may
@@ -120,9 +117,7 @@ def make_method(
     learning_rate: optax.ScalarOrSchedule | None = None,
     feedback: Feedback | None = None,
     silence: str | None = None,
-    coder: Coder | None = None,
     downlink: Compressor | None = None,
-    downlink_coder: Coder | None = None,
     exchange: str | Exchange | None = None,
     key: Any = None,
     axis_name: str = "workers",
@@ -135,9 +130,7 @@ def make_method(
         ("compressor", compressor, Compressor, "top_k, sasg_jax.identity"),
         ("rule", rule, Rule, "innovation, sasg_jax.always, sasg_jax.every"),
         ("feedback", feedback, Feedback, "residual, sasg_jax.none, sasg_jax.reconstruction"),
-        ("coder", coder, Coder, "plain"),
         ("downlink", downlink, Compressor, "top_k, sasg_jax.identity"),
-        ("downlink_coder", downlink_coder, Coder, "plain"),
     ):
         optional = name not in ("compressor", "rule")
         if not (isinstance(value, kind) or (optional and value is None)):
@@ -151,8 +144,6 @@ def make_method(
     mean_inside = compressor.compress_mean is not None
     keeps = silence == "keep" and not rule.always
     up, down = compressor, identity() if downlink is None else downlink
-    up = up if coder is None else coded(up, coder)
-    down = down if downlink_coder is None or downlink is None else coded(down, downlink_coder)
     feedback = _default_feedback(up, keeps) if feedback is None else feedback
     means = f"for {compressor.name}, which takes means"
     draws = next((part.name for part in (up, down) if part.random), None)
@@ -160,12 +151,9 @@ def make_method(
     allowed = "to have a number or numbers for alpha: as a function of the learning rate it needs "
     allowed += "an optimiser that has one (sasg_jax.sasg, compressed_sgd), and aggregate has none"
     refuse(learning_rate is None and rule.needs_learning_rate, "rule", rule, allowed)
-    alone = downlink_coder is not None and downlink is None
-    refuse(alone, "downlink_coder", downlink_coder, "to come with a downlink=...")
     refuse(down.compress_mean is not None, "downlink", down, "to need no means over workers")
     refuse(mean_inside and not rule.always, "rule", rule, f"to be always() {means}")
     refuse(mean_inside and silence != "keep", "silence", silence, f"to be 'keep' {means}")
-    refuse(mean_inside and coder is not None, "coder", coder, f"to be None {means}")
     refuse(mean_inside and downlink is not None, "downlink", downlink, f"to be None {means}")
     allowed = f"a PRNG key for {draws}, which draws" if draws else "None: nothing here draws"
     refuse((key is None) == bool(draws), "key", key, f"to be {allowed} at random")

@@ -21,6 +21,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from sasg_jax._checks import check_choice
+from sasg_jax.bits import WORD, first_set_bits, pack_mask
 
 # Below this size lax.top_k is as fast, and above this density the bound prunes too little.
 _MIN_PRUNED_SIZE = 1 << 15
@@ -29,7 +30,6 @@ _MAX_PRUNED_DENSITY = 1 / 4
 # The longest with which that many of the k largest are sampled, or else the shortest.
 _SAMPLE_STRIDES = (67, 31, 17)
 _ENOUGH_SAMPLED = 125
-_WORD = 32  # bits in one word of a mask
 
 MIN_FILL = 0.8
 """Part of k that reaches a reused threshold, at the least; with fewer it is found anew."""
@@ -75,14 +75,14 @@ def _pruned(x: jax.Array, k: int) -> jax.Array:
         return lax_top_k(x, k)
     bound = lax.top_k(sample, rank)[0].min()
     capacity = min(k + k // 2 + 512, x.size)
-    listed, count = _first_set_bits(_pack(jnp.abs(x) > bound), capacity)
+    listed, count = first_set_bits(pack_mask(jnp.abs(x) > bound), capacity)
     magnitudes = lambda: jnp.where(jnp.arange(capacity) < count, jnp.abs(x[listed]), -1.0)
     exact = lambda: listed[_bisect_top_k(magnitudes(), k)]
 
     def tied():
         # Counted as bits, of which the CPU takes none for zero, as it does with the tiniest floats.
         bits, bound_bits = (lax.bitcast_convert_type(y, jnp.int32) for y in (_magnitudes(x), bound))
-        equal, num_equal = _first_set_bits(_pack(bits == bound_bits), k)
+        equal, num_equal = first_set_bits(pack_mask(bits == bound_bits), k)
         slots = jnp.arange(k)
         largest = jnp.where(slots < count, listed[:k], equal[jnp.maximum(slots - count, 0)])
         found = (count < k) & (count + num_equal >= k) & ((bits > bound_bits).sum() == count)
@@ -110,9 +110,9 @@ def approximate_top_k(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.A
 def _approximate(x: jax.Array, k: int, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
     min_count = math.ceil(MIN_FILL * k)
     magnitudes, bound = jnp.abs(x), threshold.astype(x.dtype)
-    large, count = _first_set_bits(_pack(magnitudes >= bound), k)
+    large, count = first_set_bits(pack_mask(magnitudes >= bound), k)
     # At most k of the first 2 k entries are large, so the others fill every gap, NaN aside.
-    others, num_others = _first_set_bits(_pack(magnitudes[: 2 * k] < bound), k - min_count)
+    others, num_others = first_set_bits(pack_mask(magnitudes[: 2 * k] < bound), k - min_count)
     fits = (count >= min_count) & (count <= k) & (num_others >= k - count)
 
     def reuse():
@@ -160,35 +160,6 @@ def _bisect_top_k(magnitudes: jax.Array, k: int) -> jax.Array:
     start = jnp.int32(1 << 30), jnp.int32(0), (bits >= 0).sum()
     threshold = lax.while_loop(undecided, decide_bit, start)[1]
     # Everything above the threshold, then what equals it in order of index, until k are full.
-    above, equal = _pack(bits > threshold), _pack(bits == threshold)
-    indices, _ = _first_set_bits(jnp.concatenate([above, equal]), k)
-    return indices % (above.size * _WORD)
-
-
-def _pack(mask: jax.Array) -> jax.Array:
-    """Packs a boolean vector into words, lowest bit first. ``# shape=(ceil(n / 32),)``"""
-    lanes = jnp.pad(mask, (0, -mask.size % _WORD)).reshape(-1, _WORD).astype(jnp.uint32)
-    return (lanes << jnp.arange(_WORD, dtype=jnp.uint32)[None]).sum(1, dtype=jnp.uint32)
-
-
-def _first_set_bits(words: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Positions of the first ``count`` set bits, ascending, and how many are set in all. Positions
-    past that number are in range, and meaningless."""
-    ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
-    slots = jnp.arange(count, dtype=jnp.int32)
-    word = jnp.searchsorted(ends, slots, side="right").astype(jnp.int32)
-    word = jnp.minimum(word, words.size - 1)
-    rank = slots - jnp.where(word > 0, ends[word - 1], 0)
-    return word * _WORD + _bit_of_rank(words[word], rank), ends[-1]
-
-
-def _bit_of_rank(words: jax.Array, rank: jax.Array) -> jax.Array:
-    """Position of the set bit that has ``rank`` set bits below it, word by word."""
-    position = jnp.zeros_like(rank)
-    for width in (16, 8, 4, 2, 1):
-        low = (words >> position.astype(jnp.uint32)) & jnp.uint32((1 << width) - 1)
-        below = lax.population_count(low).astype(jnp.int32)
-        beyond = rank >= below
-        position = jnp.where(beyond, position + width, position)
-        rank = jnp.where(beyond, rank - below, rank)
-    return position
+    above, equal = pack_mask(bits > threshold), pack_mask(bits == threshold)
+    indices, _ = first_set_bits(jnp.concatenate([above, equal]), k)
+    return indices % (above.size * WORD)

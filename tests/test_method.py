@@ -31,15 +31,6 @@ def _takes_means():
     return sasg_jax.Compressor(name="means()", compress_mean=compress_mean)
 
 
-def _rounds_to_bfloat16():
-    cast = lambda to: lambda tree: jax.tree.map(lambda x: x.astype(to), tree)
-    return sasg_jax.Coder(
-        name="half_precision()",
-        encode=cast(jnp.bfloat16),
-        decode=lambda coded, shapes: cast(jnp.float32)(coded),
-    )
-
-
 def _make(*parts, **kwargs):
     return sasg_jax.make_method(*parts, num_workers=M, **kwargs)
 
@@ -72,9 +63,6 @@ def _make(*parts, **kwargs):
             "lazy",
         ),
         ((TOP_K,), {"feedback": sasg_jax.reconstruction()}, "reconstruction()", "reuse", "gather"),
-        # What a coder has rounded is no longer exact, and does not add up.
-        ((IDENTITY,), {"coder": sasg_jax.plain()}, "none()", "keep", "gather"),
-        ((IDENTITY,), {"coder": _rounds_to_bfloat16()}, "residual()", "keep", "gather"),
         # Someone who drops out of a mean must say so.
         ((IDENTITY,), {"silence": "drop"}, "none()", "drop", "lazy"),
         ((_takes_means(),), {}, "residual()", "keep", "psum"),
@@ -109,8 +97,6 @@ def test_way_down_keeps_what_it_leaves_out():
     assert _make(downlink=TOP_K).downlink_feedback.name == "residual()"
     assert _make(downlink=_draws(), key=KEY).downlink_feedback.name == "none()"
     assert _make().downlink_feedback.name == "none()"
-    coded = _make(downlink=IDENTITY, downlink_coder=_rounds_to_bfloat16())
-    assert coded.downlink_feedback.name == "residual()"
 
 
 def test_settings_tell_methods_apart():
@@ -120,7 +106,9 @@ def test_settings_tell_methods_apart():
         sasg_jax.make_method(TOP_K, RULE, num_workers=M + 1),
         _make(sasg_jax.top_k(0.2), RULE),
         _make(sasg_jax.top_k(0.1, scope="tree"), RULE),
-        _make(TOP_K, RULE, coder=_rounds_to_bfloat16()),
+        _make(sasg_jax.top_k(0.1, values="sign"), RULE),
+        _make(sasg_jax.top_k(0.1, values=sasg_jax.coders.signs(block=9)), RULE),
+        _make(sasg_jax.top_k(0.1, indices="elias_fano"), RULE),
         _make(TOP_K, sasg_jax.innovation(1.0, max_staleness=9)),
         _make(TOP_K, sasg_jax.innovation(1.0, history=9)),
         _make(TOP_K, sasg_jax.innovation(1.0, share_stale_params=True)),
@@ -140,7 +128,7 @@ def test_settings_tell_methods_apart():
         _make(TOP_K, TURN, feedback=sasg_jax.residual(0.9)),
         _make(TOP_K, RULE, silence="keep"),
         _make(TOP_K, RULE, downlink=TOP_K),
-        _make(TOP_K, RULE, downlink=TOP_K, downlink_coder=_rounds_to_bfloat16()),
+        _make(TOP_K, RULE, downlink=sasg_jax.top_k(0.1, values="sign")),
         _make(TOP_K, RULE, exchange="gather"),
     ]
     assert len({method.settings for method in methods}) == len(methods)
@@ -165,23 +153,8 @@ def test_settings_tell_methods_apart():
         ),
         (
             (),
-            {"coder": 8},
-            "Expected coder=8 to be made by sasg_jax.plain or a Coder of your own, o",
-        ),
-        (
-            (),
             {"downlink": 0.1},
             "Expected downlink=0.1 to be made by sasg_jax.top_k, sasg_jax.iden",
-        ),
-        (
-            (),
-            {"downlink": TOP_K, "downlink_coder": 8},
-            "Expected downlink_coder=8 to be made by sasg_jax.plain",
-        ),
-        (
-            (),
-            {"downlink_coder": sasg_jax.plain()},
-            "Expected downlink_coder='plain()' to come with a downlink=...",
         ),
         ((), {"silence": "hold"}, "Expected silence='hold' to be one of 'reuse', 'keep', 'drop'."),
         (
@@ -216,11 +189,6 @@ def test_settings_tell_methods_apart():
             (_takes_means(), RULE),
             {},
             "Expected rule='innovation(max_staleness=10, history=10)' to be always() for means()",
-        ),
-        (
-            (_takes_means(),),
-            {"coder": sasg_jax.plain()},
-            "Expected coder='plain()' to be None for means(), which takes means",
         ),
         (
             (_takes_means(),),

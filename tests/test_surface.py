@@ -8,6 +8,7 @@ import sys
 import tomllib
 import types
 
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -33,7 +34,7 @@ def test_all_is_sorted_and_complete():
         for name, value in vars(sasg_jax).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    assert sasg_jax.__all__ == sorted(public | {"exchanges"})
+    assert sasg_jax.__all__ == sorted(public | {"coders", "exchanges"})
 
 
 @pytest.mark.parametrize("module", [compressors, exchanges, rules])
@@ -77,22 +78,22 @@ def test_version_is_that_of_the_package():
     assert sasg_jax.__version__ in (project["version"], "0+unknown")
 
 
+PARAMS = {"w": jnp.zeros(8)}
 RULE = [
     ("alpha", None),
     ("max_staleness", 10),
     ("history", 10),
     ("share_stale_params", False),
 ]
-DENSITY = [("density", 0.01), ("scope", "tensor"), ("selection", "auto")]
-OF_THE_TREE = [("density", 0.01), ("scope", "tree"), ("selection", "auto")]
-KEEP = [("theta", 0.3), ("max_staleness", 8), ("share_stale_params", False)]
+DENSITY = [("density", 0.01)]
+KEEP = [("theta", 1.0), ("max_staleness", 8), ("share_stale_params", False)]
 SIGNATURES = {
     "sgd": [],
     "sparse_sgd": DENSITY,
     "lasg": RULE,
     "sasg": [*DENSITY, *RULE],
-    "turn_sgd": [*OF_THE_TREE, ("period", 8)],
-    "sasg_keep": [*OF_THE_TREE, *KEEP],
+    "turn_sgd": [*DENSITY, ("period", 8)],
+    "sasg_keep": [*DENSITY, *KEEP],
 }
 
 
@@ -107,6 +108,18 @@ def test_signature_of_the_methods(name):
     assert [(p.name, p.default) for p in others] == SIGNATURES[name]
     assert {p.kind for p in others} <= {inspect.Parameter.KEYWORD_ONLY}
     assert parts.kind is inspect.Parameter.VAR_KEYWORD
+
+
+@pytest.mark.parametrize("name", ["sparse_sgd", "sasg", "turn_sgd", "sasg_keep"])
+def test_how_the_top_k_are_chosen_and_written(name):
+    """By keywords of top_k; within each tensor for the paper's methods, in the tree for ours."""
+    method = getattr(sasg_jax, name)
+    made = lambda **how: dict(method(0.1, num_workers=2, **how).init(PARAMS).wire.method)
+    scope = "" if name in ("sparse_sgd", "sasg") else ", scope='tree'"
+    assert made()["compressor"] == f"top_k(0.01{scope})"
+    how = {"scope": "tree", "selection": "approximate", "values": "sign", "indices": "elias_fano"}
+    everything = ", ".join(f"{key}={value!r}" for key, value in how.items())
+    assert made(density=0.1, **how)["compressor"] == f"top_k(0.1, {everything})"
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -167,9 +180,10 @@ def _is_module(name):
 # where they cut them into shards.
 LAYERS = [
     {"_checks", "numerics"},
-    {"control_flow", "selection"},
+    {"bits", "control_flow"},
+    {"coders", "selection"},
     {"compressors"},
-    {"coders", "directions", "exchanges", "feedback", "rules"},
+    {"directions", "exchanges", "feedback", "rules"},
     {"states"},
     {"ledger", "method", "state_axes"},
     {"server", "worker"},

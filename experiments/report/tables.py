@@ -82,7 +82,7 @@ def tuned_table(tuned: dict[str, Any]) -> Table:
             cells = [
                 f"{mean('iterations_at_target'):,.0f}",
                 f"{mean('uploads_at_target'):,.0f}{spread}",
-                f"{mean('gradients_at_target'):,.0f}",
+                f"{mean('gradients_per_worker_at_target'):,.0f}",
                 format_bytes(mean("uplink_bytes_at_target", "downlink_bytes_at_target")),
             ]
         ended = [run["accuracy"] for run in runs if "accuracy" in run]

@@ -115,13 +115,14 @@ def _table(name: str, rows: list[Tuned]) -> Table:
 
     to_target, beside = "to the target", "of tuned SGD’s"
     own = lambda row: ", ".join(describe_setting(*setting) for setting in row.best.items())
+    gradients = lambda row: cells.mean_sd(row.at_target("gradients_per_worker"))
     columns = [
         text("method", lambda row: METHODS[row.method].label),
         text("best settings", own),
         number("tried", lambda row: cells.count(len(row.tried))),
         number("seeds at target", lambda row: f"{len(row.reached)} of {len(row.runs)}"),
         number("rounds", lambda row: cells.mean_sd(row.at_target("iterations")), to_target),
-        number("gradients", lambda row: cells.mean_sd(row.at_target("gradients")), to_target),
+        number("gradients", gradients, to_target),
         number("uploads", lambda row: cells.mean_sd(row.at_target("uploads")), to_target),
         number("up", size(UP), to_target),
         number("both ways", size(UP, DOWN), to_target),

@@ -69,7 +69,7 @@ class Task:
 
 
 _RATES = {
-    "digits": {None: 1.0, "sgd": 1.0, "momentum": 0.1, "adamw": 0.01},
+    "digits": {None: 1.0, "sgd": 1.0, "momentum": 0.1, "adamw": 0.005},
     "mnist_fc": {None: 0.3, "sgd": 0.3, "momentum": 0.03, "adamw": 0.001},
     "cifar10_narrow": {None: 0.1, "sgd": 0.1, "momentum": 0.01, "adamw": 0.003},
 }

@@ -25,10 +25,11 @@ from experiments.training.records import Store, session, write_json
 from experiments.training.train import partition
 
 _LEAST = {"iterations": 1, "num_workers": 1, "width": 1, "batch_size": 1, "period": 1}
-_LEAST |= {"evaluate_every": 1}
+_LEAST |= {"evaluate_every": 1, "local_steps": 1, "gradients": 1}
 _LEAST |= {"seed": 0, "seeds": 0, "checkpoint_seconds": 0, "num_processes": 1}
 _LEAST |= {"max_staleness": 1, "theta": 0, "alpha_c": 0}
-_POSITIVE = "density concentration connect_timeout target learning_rate learning_rates".split()
+_FRACTIONS = "density down_density residual_decay target".split()
+_POSITIVE = [*_FRACTIONS, *"concentration connect_timeout learning_rate learning_rates".split()]
 
 # What may differ between the processes of a run.
 _OWN = (
@@ -68,7 +69,7 @@ def check(options: Options, devices: int | None = None) -> None:
             takers = ", ".join(name for name, row in METHODS.items() if axis in row.settings)
             raise ValueError(f"Expected --{name.replace('_', '-')} only with one of {takers}.")
     for method in methods:
-        for tuned in grid.candidates(config, method, axes):
+        for tuned in grid.candidates(config, method, axes, options.gradients):
             make_optimizer(tuned, method)  # refuses an exchange that it cannot take
 
 
@@ -86,7 +87,7 @@ def configure(options: Options, devices: int | None = None) -> Config:
         for value in np.ravel(given.get(name, ())):
             if not 0 < value < np.inf:
                 raise ValueError(f"Expected {_option(name, value)} to be above 0 and finite.")
-            if name in ("density", "target") and value > 1:
+            if name in _FRACTIONS and value > 1:
                 raise ValueError(f"Expected {_option(name, value)} to be at most 1.")
     if devices is not None and given.setdefault("num_workers", devices) != devices:
         raise ValueError(
@@ -102,6 +103,10 @@ def configure(options: Options, devices: int | None = None) -> Config:
             config = grid.with_setting(config, axis, values[0])
     if "+" in config.dataset and config.partition != "iid":
         raise ValueError("Expected --partition=iid with several data sets: each has its workers.")
+    if options.gradients is not None and options.iterations is not None:
+        raise ValueError("Expected --gradients or --iterations, not both.")
+    if config.optimizer and max(grid.given(options).get("local_steps", [1])) > 1:
+        raise ValueError("Expected --local-steps without --optimizer: they are steps of SGD.")
     return config
 
 
@@ -182,7 +187,8 @@ def _train(options: Options, group: cluster.Group | None, arguments: Sequence[st
                 shown = shown or [pick.tried[pick.place] for pick in picks]
             else:
                 picks = []
-                shown = [runs.Run(config, method, seed) for seed in seeds for method in methods]
+                made = {m: grid.of_gradients(config, m, options.gradients) for m in methods}
+                shown = [runs.Run(made[m], m, seed) for seed in seeds for m in methods]
             for run in shown:
                 perform(run)
     if is_main and picks:
@@ -207,7 +213,7 @@ def _title(store: Store, picks: Sequence[grid.Pick]) -> str:
 def _pick(config, method, axes, options, store, perform) -> grid.Pick:
     """The best setting of a method, by runs with the first seed that end at the target. One that
     diverges is not the best."""
-    configs = grid.candidates(config, method, axes)
+    configs = grid.candidates(config, method, axes, options.gradients)
     seed, others = options.seeds[0], options.seeds[1:]
     tried = [runs.Run(dataclasses.replace(c, until_target=True), method, seed) for c in configs]
     if len(tried) == 1 and others:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-import math
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +15,10 @@ from experiments.options import Compare, Options
 from experiments.training.records import Store, read_json
 from experiments.training.runs import Run
 
-AXES = "learning_rate alpha_c density scope batch_size period theta max_staleness silence".split()
+AXES = (
+    "learning_rate alpha_c local_steps density down_density scope values indices residual_decay "
+    "batch_size period theta max_staleness silence"
+).split()
 """Fields of a configuration that can have several values in a comparison."""
 
 MEASURES = {
@@ -51,7 +54,25 @@ def with_setting(config: Config, axis: str, value: Any) -> Config:
     return dataclasses.replace(config, **{axis: value})
 
 
-def candidates(config: Config, method: str, axes: Mapping[str, Sequence[Any]]) -> list[Config]:
+def of_gradients(config: Config, method: str, gradients: int | None) -> Config:
+    """``config`` with as many rounds as take ``gradients`` of a worker, and evaluated as often as a
+    method that takes one in a round. None leaves it as it is."""
+    if gradients is None:
+        return config
+    each = METHODS[method].gradients(config.local_steps)
+    rounds = {"iterations": int(gradients / each)}
+    rounds["evaluate_every"] = max(1, round(config.evaluate_every / each))
+    if not rounds["iterations"]:
+        raise ValueError(f"Expected --gradients={gradients} to be enough for a round, {each:g}.")
+    return dataclasses.replace(config, **rounds)
+
+
+def candidates(
+    config: Config,
+    method: str,
+    axes: Mapping[str, Sequence[Any]] = types.MappingProxyType({}),
+    gradients: int | None = None,
+) -> list[Config]:
     """All combinations of values, of the axes that make a difference to the method."""
     own = [axis for axis in axes if axis in METHODS[method].settings]
     found = []
@@ -59,7 +80,7 @@ def candidates(config: Config, method: str, axes: Mapping[str, Sequence[Any]]) -
         tuned = config
         for axis, value in zip(own, values, strict=True):
             tuned = with_setting(tuned, axis, value)
-        found.append(tuned)
+        found.append(of_gradients(tuned, method, gradients))
     return found
 
 
@@ -130,7 +151,7 @@ def path(directory: pathlib.Path, methods: Sequence[str]) -> pathlib.Path:
     raise AssertionError  # the numbers have no end
 
 
-OUTCOME = "iterations uploads uplink_bytes downlink_bytes".split()
+OUTCOME = "iterations uploads uplink_bytes downlink_bytes gradients_per_worker".split()
 """What is reported of a run at its target."""
 
 
@@ -140,7 +161,4 @@ def _outcome(run: Run, store: Store) -> dict[str, Any]:
     if record is None:
         return {"seed": run.seed, "diverged": True}
     taken = {f"{key}_at_target": record[f"{key}_at_target"] for key in OUTCOME}
-    rounds, row = taken["iterations_at_target"], METHODS[run.method]
-    gradients = rounds and math.ceil(rounds * row.gradients)
-    accuracy = record["final_test_accuracy"]
-    return {"seed": run.seed, **taken, "gradients_at_target": gradients, "accuracy": accuracy}
+    return {"seed": run.seed, **taken, "accuracy": record["final_test_accuracy"]}

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -21,7 +22,7 @@ from experiments.methods import METHODS
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The outcome of one run. On disk, :func:`at_target` of its curve is added to it."""
+    """The outcome of one run. On disk, :func:`derived` is added to it."""
 
     config: str
     dataset: str
@@ -59,7 +60,7 @@ class Point:
     uplink_bytes: int
     downlink_bytes: int
     dense_bytes: int
-    """What would have crossed, both ways, with everything sent whole in every round."""
+    """What would have crossed, both ways, with everything sent whole after every gradient."""
     test_accuracy: float
     train_loss: float
     upload_fraction: float  # of the workers, since the last evaluation
@@ -79,6 +80,24 @@ def at_target(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, An
     names = "uploads paper_uplink_bits uplink_bytes downlink_bytes".split()
     reached = {f"{name}_at_target": first.get(name) for name in names}
     return {"target_accuracy": target, "iterations_at_target": first.get("iteration"), **reached}
+
+
+def derived(
+    record: Mapping[str, Any], about: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What follows from a record and its curve: :func:`at_target`, and in the end and there the
+    bytes of both ways and a worker's gradients, at the most."""
+    config = about["config"]
+    reached = at_target(curve, config["target_accuracy"])
+    each = METHODS[about["method"]].gradients(config["local_steps"])
+    for end in ("", "_at_target"):
+        up, down, rounds = ({**record, **reached}[f"{name}{end}"] for name in _SUMMED)
+        reached[f"two_way_bytes{end}"] = None if rounds is None else up + down
+        reached[f"gradients_per_worker{end}"] = None if rounds is None else math.ceil(rounds * each)
+    return reached
+
+
+_SUMMED = "uplink_bytes", "downlink_bytes", "iterations"
 
 
 class ResultsError(RuntimeError):
@@ -184,8 +203,8 @@ class RunFiles:
             return
         write_json(self._about_path, {**about, "config": config})
         if record is not None:
-            reached = at_target(self.curve(), config["target_accuracy"])
-            write_json(self._record_path, {**record, **reached})
+            more = derived(record, {**about, "config": config}, self.curve())
+            write_json(self._record_path, {**record, **more})
 
     @contextlib.contextmanager
     def claimed(self, spec: Mapping[str, Any]) -> Iterator[None]:
@@ -241,10 +260,9 @@ class RunFiles:
     def finish(self, record: Record) -> None:
         """Writes the outcome, with what reaching the target took, and removes what was only needed
         to go on."""
-        target = self.about()["config"]["target_accuracy"]
-        write_json(
-            self._record_path, {**dataclasses.asdict(record), **at_target(self.curve(), target)}
-        )
+        outcome = dataclasses.asdict(record)
+        more = derived(outcome, self.about(), self.curve())
+        write_json(self._record_path, {**outcome, **more})
         shutil.rmtree(self.checkpoints_path, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import sasg_jax
 from experiments import data
 from experiments.configs import Config
-from experiments.methods import make_optimizer
+from experiments.methods import learning_rate, make_optimizer
 from experiments.processes.cluster import Group
 from experiments.training.agreement import check_replicas, check_same_data, digest
 from experiments.training.checkpoints import Checkpoints, Progress
@@ -137,16 +137,19 @@ class _Run:
         self.params_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self.has_model_state = bool(model_state)
         config, simulated = self.config, self.mesh is None
+        has = {"has_model_state": self.has_model_state, "has_key": config.augment}
         loss = self._one_by_one() if one_by_one else self._loss
+        direction = sasg_jax.gradient(loss, **has)
+        if config.local_steps > 1:
+            inner = optax.sgd(learning_rate(config))
+            direction = sasg_jax.local_steps(loss, inner, steps=config.local_steps, **has)
         self.train_step = sasg_jax.make_train_step(
-            loss,
+            direction,
             make_optimizer(config, self.method, simulated=simulated),
             num_workers=config.num_workers,
             driver="vmap" if simulated else "shard_map",
             chunk_size=chunk_size(config) if simulated else None,
             devices=None if simulated else jax.devices(),
-            has_model_state=self.has_model_state,
-            has_key=config.augment,
         )
         key = workers_key if config.augment else None
         return self.train_step.init(params, model_state, key)
@@ -187,11 +190,14 @@ class _Run:
         return stack_workers(part, len(self.shards), 0, self.mesh)
 
     def _batch_order(self, rounds: int) -> jax.Array:
-        """Positions in each worker's own examples. shape=(rounds, M, B)"""
+        """Positions in each worker's own examples. shape=(rounds, M, B), or, of H > 1 local steps,
+        (rounds, M, H, B)"""
         positions = [np.arange(len(shard)) for shard in self.shards]
-        start = self.progress.iteration
-        arguments = positions, self.config.batch_size, rounds, self.seed, start
-        part = lambda worker: data.batch_order(*arguments, workers=[worker])[:, 0]
+        steps, size = self.config.local_steps, self.config.batch_size
+        start = self.progress.iteration * steps
+        arguments = positions, size, rounds * steps, self.seed, start
+        shape = (rounds, size) if steps == 1 else (rounds, steps, size)
+        part = lambda worker: data.batch_order(*arguments, workers=[worker])[:, 0].reshape(shape)
         return stack_workers(part, len(self.shards), 1, self.mesh)
 
     def _rounds(self, *arguments: Any) -> Any:
@@ -260,12 +266,17 @@ class _Run:
             paper_uplink_bits=self.ledger.paper_uplink_bits,
             uplink_bytes=self.ledger.uplink_bytes,
             downlink_bytes=self.ledger.downlink_bytes,
-            dense_bytes=2 * iteration * self.config.num_workers * self.params_bytes,
+            dense_bytes=self._dense_bytes(iteration),
             test_accuracy=accuracy,
             train_loss=float(recent.loss.mean()),
             upload_fraction=float(recent.uploaded.mean()),
             mean_staleness=float(recent.staleness.mean()),
         )
+
+    def _dense_bytes(self, rounds: int) -> int:
+        """Both ways, of dense SGD with as many steps."""
+        config = self.config
+        return 2 * rounds * config.local_steps * config.num_workers * self.params_bytes
 
     def _test_accuracy(self) -> float:
         """Of the whole test set, of which each process takes a part."""

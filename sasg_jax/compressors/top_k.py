@@ -10,19 +10,28 @@ import jax.numpy as jnp
 
 from sasg_jax import selection as selection_lib
 from sasg_jax._checks import check_choice, check_fraction
+from sasg_jax.coders import INDEX_CODERS, VALUE_CODERS, IndexCoder, ValueCoder
+from sasg_jax.coders.base import find as find_coder
 from sasg_jax.compressors.base import Compressed, Compressor
 from sasg_jax.numerics import PyTree, wide
 
 
 class TopKMessage(NamedTuple):
-    """The kept entries of one vector, each index at most once, in no particular order. A whole
-    message is a tuple of these: one for each tensor, or one for the tree."""
+    """The kept entries of one vector, each index at most once, as they are written. A whole message
+    is a tuple of these: one for each tensor, or one for the tree."""
 
-    values: jax.Array  # shape=(k,), dtype of the vector
-    indices: jax.Array  # shape=(k,), the smallest unsigned integer type that fits
+    values: PyTree  # what the coder of values makes of k; plain: dtype of the vector
+    indices: PyTree  # of indices; plain: the smallest unsigned integer type that fits
 
 
-def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> Compressor:
+def top_k(
+    density: float,
+    *,
+    scope: str = "tensor",
+    selection: str = "auto",
+    values: str | ValueCoder = "plain",
+    indices: str | IndexCoder = "plain",
+) -> Compressor:
     r"""Keeps the entries of largest magnitude; of equal ones, those with the lowest index.
 
     .. math:: k = \max(1, \lfloor \mathrm{density} \cdot d \rfloor)
@@ -35,11 +44,15 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
         among all entries of the tree at once, fewer than 2³¹.
       selection: ``"auto"``, ``"lax"`` and ``"pruned"`` find the same set; ``"approximate"`` reuses
         a threshold from message to message, and is faster on a CPU. See :mod:`sasg_jax.selection`.
+      values, indices: how they are written, by name or a coder: see :mod:`sasg_jax.coders`. Values
+        of a vector so short that their code would take more bytes are written plainly.
 
     Guarantees:
-      - Conservation: ``decompress(message) + remainder == tree``, bit for bit.
+      - Conservation: ``remainder == tree - decompress(message)``, bit for bit; with plain values
+        ``decompress(message) + remainder == tree`` as well.
       - Lemma 1: :math:`\|x - \mathcal{C}(x)\|^2 \le (1 - \delta)\|x\|^2` for every vector, with
-        :math:`\delta = k/d`; with ``"approximate"`` :math:`\delta = 0.8\,k/d`.
+        :math:`\delta = k/d`; with ``"approximate"`` :math:`\delta = 0.8\,k/d`. Both are for plain
+        values. With one sign and magnitude :math:`\delta > 0`, of no such size.
 
     ValueError for an argument, or a tree for ``scope="tree"``, out of its range.
 
@@ -53,30 +66,49 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
     density = check_fraction("density", density)
     check_choice("scope", scope, _SCOPES)
     check_choice("selection", selection, (*selection_lib.METHODS, "approximate"))
+    values_as = find_coder(ValueCoder, "values", values, VALUE_CODERS)
+    indices_as = find_coder(IndexCoder, "indices", indices, INDEX_CODERS)
     is_approximate = selection == "approximate"
     to_vectors, from_vectors = _SCOPES[scope]
+    num_kept = lambda size: max(1, math.floor(density * size))
+
+    def coder_of(size, dtype):
+        """Plain where a code would be longer."""
+        chosen = jax.ShapeDtypeStruct((num_kept(size),), dtype)
+        code = jax.eval_shape(values_as.encode, chosen)
+        num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(code))
+        is_shorter = num_bytes < chosen.size * chosen.dtype.itemsize
+        return values_as if is_shorter else VALUE_CODERS["plain"]
 
     def compress_vector(x, threshold):
-        kept = max(1, math.floor(density * x.size))
+        kept = num_kept(x.size)
         if kept == x.size:  # all of them, whatever their magnitudes
             indices = jnp.arange(kept)
         elif is_approximate:
             indices, threshold = selection_lib.approximate_top_k(x, kept, threshold)
         else:
             indices = selection_lib.magnitude_top_k(x, kept, method=selection)
-        message = TopKMessage(x[indices], indices.astype(index_dtype(x.size)))
-        return message, x.at[indices].set(0, unique_indices=True), threshold
+        if indices_as.name != "plain":
+            indices = jnp.sort(indices.astype(jnp.int32))
+        chosen, coder = x[indices], coder_of(x.size, x.dtype)
+        code = coder.encode(chosen)
+        left_out = 0 if coder.exact else chosen - coder.decode(code, kept, x.dtype)
+        message = TopKMessage(code, indices_as.encode(indices, x.size))
+        return message, x.at[indices].set(left_out, unique_indices=True), threshold
+
+    def decode(message, vector):
+        kept = num_kept(vector.size)
+        x = coder_of(vector.size, vector.dtype).decode(message.values, kept, vector.dtype)
+        return indices_as.decode(message.indices, kept, vector.size), x.astype(wide(vector.dtype))
 
     def decompress_sum_vector(messages, vector):
         # One message after another: indices are then unique within a scatter, which accelerators
         # run in parallel and still give every replica the same bits.
         def add(total, message):
-            indices = message.indices.astype(jnp.int32)
-            return total.at[indices].add(message.values, unique_indices=True), None
+            indices, x = decode(message, vector)
+            return total.at[indices].add(x, unique_indices=True), None
 
-        dtype = wide(vector.dtype)
-        messages = messages._replace(values=messages.values.astype(dtype))
-        return jax.lax.scan(add, jnp.zeros(vector.size, dtype), messages)[0]
+        return jax.lax.scan(add, jnp.zeros(vector.size, wide(vector.dtype)), messages)[0]
 
     def init_memory(tree):
         threshold = lambda: jnp.zeros((), jnp.float32) if is_approximate else ()
@@ -96,15 +128,16 @@ def top_k(density: float, *, scope: str = "tensor", selection: str = "auto") -> 
 
     arguments = [str(density)] + [f"scope={scope!r}"] * (scope != "tensor")
     arguments += [f"selection={selection!r}"] * is_approximate
+    for argument, coder in (("values", values_as), ("indices", indices_as)):
+        arguments += [f"{argument}={coder.name!r}"] * (coder.name != "plain")
     name = f"top_k({', '.join(arguments)})"
     return Compressor(
-        name=name, compress=compress, decompress_sum=decompress_sum, init_memory=init_memory
+        name=name,
+        compress=compress,
+        decompress_sum=decompress_sum,
+        init_memory=init_memory,
+        num_values=lambda tree: sum(num_kept(x.size) for x in jax.eval_shape(to_vectors, tree)),
     )
-
-
-def index_dtype(size: int) -> jnp.dtype:
-    """The smallest unsigned integer type that holds the indices of a vector of ``size``."""
-    return jnp.dtype("uint8" if size <= 1 << 8 else "uint16" if size <= 1 << 16 else "uint32")
 
 
 def _flatten_each(tree: PyTree) -> list[jax.Array]:

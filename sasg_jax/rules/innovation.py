@@ -74,7 +74,7 @@ def innovation(
         function of the learning rate that returns either; larger means fewer uploads.
         :func:`released_alpha` is the authors' choice. A step made at a learning rate for which it
         is not finite weighs nothing.
-      theta: θ, at least 0, by default 0.3; larger means fewer uploads.
+      theta: θ, at least 0, by default 1; larger means fewer uploads.
       max_staleness: an upload is forced when the last one is this many rounds back; by default 10.
         Without an alpha, the longest period, by default 2, which holds before momentum, too. Before
         SGD, 8 saves more.
@@ -87,7 +87,7 @@ def innovation(
     if alpha is None:
         require(history is None, "history", history, "to be None without an alpha")
         return own_period(
-            0.3 if theta is None else theta,
+            1.0 if theta is None else theta,
             max_staleness=2 if max_staleness is None else max_staleness,
             look_every=16 if look_every is None else look_every,
             share_stale_params=share_stale_params,

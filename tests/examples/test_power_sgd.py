@@ -55,7 +55,6 @@ def test_counts_both_means():
     [
         ("rule", sasg_jax.every(2)),
         ("silence", "reuse"),
-        ("coder", sasg_jax.plain()),
         ("downlink", sasg_jax.top_k(0.5)),
         ("exchange", "gather"),
         ("feedback", sasg_jax.reconstruction()),

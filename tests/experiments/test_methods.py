@@ -39,12 +39,14 @@ def test_learning_rate_without_decay_is_the_number():
 def test_methods_send_what_the_table_says(name):
     method = METHODS[name]
     state: Any = make_optimizer(CONFIGS["mnist_fc"], name).init({"w": jnp.zeros(1000)})
-    # 1,000 entries: 4,000 bytes dense; 10 values of 4 bytes and indices of 2 at 1 %.
+    # 1,000 entries: 4,000 bytes dense; 10 values of 4 bytes and indices of 2 at 1 %. Coded, 10
+    # signs and a magnitude, 10 times 6 low bits, and 10 + 999/64 bits of high ones.
+    few = 2 + 4 + 8 + 4 if method.coded else 60
     assert state.wire.num_workers == 10
-    assert state.wire.upload_bytes == (60 if method.sparse else 4000)
+    assert state.wire.upload_bytes == (few if method.sparse else 4000)
     assert state.wire.upload_paper_bits == 32 * (10 if method.sparse else 1000)
     assert state.wire.flag_bytes == int(method.rule != "always")
-    assert state.wire.downlink_bytes == (60 if method.two_way else 4000)
+    assert state.wire.downlink_bytes == (few if method.two_way else 4000)
     lazy = method.rule != "always"
     exchange = "server" if method.two_way else "lazy" if lazy else "gather"
     assert state.wire.exchange == ("psum" if name == "sgd" else exchange)
@@ -81,6 +83,12 @@ def test_any_optimizer_may_step_with_the_mean(name, optimizer):
         ("sasg", "silence", "keep", "silence", "keep"),
         ("sasg", "scope", "tree", "compressor", "top_k(0.01, scope='tree')"),
         ("turn", "scope", "tensor", "compressor", "top_k(0.01)"),
+        ("sparse", "values", "sign4", "compressor", "top_k(0.01, values='sign4')"),
+        ("sparse", "indices", "tiled", "compressor", "top_k(0.01, indices='tiled')"),
+        ("sasg_coded", "values", "plain", "compressor", "top_k(0.01, indices='elias_fano')"),
+        ("turn_two_way", "down_density", 0.1, "downlink", "top_k(0.1, scope='tree')"),
+        ("turn_two_way", "down_density", 0.1, "compressor", "top_k(0.01, scope='tree')"),
+        ("sasg", "residual_decay", 0.9, "feedback", "residual(0.9)"),
         ("sasg_keep", "period", 4, "rule", "innovation(max_staleness=4, look_every=16)"),
         ("sparse", "density", 0.1, "compressor", "top_k(0.1)"),
         ("lasg", "max_staleness", 3, "rule", "innovation(max_staleness=3, history=10)"),
@@ -94,7 +102,20 @@ def test_a_setting_of_a_method_is_heard(name, setting, value, part, shown):
 
 def test_a_rule_without_an_alpha_looks_as_seldom_as_the_library_does():
     assert f"look_every={LOOK_EVERY}" in sasg_jax.innovation().name
-    assert [METHODS[name].gradients for name in ("turn", "sasg", "sasg_keep")] == [1, 2, 17 / 16]
+    assert [METHODS[name].gradients() for name in ("turn", "sasg", "sasg_keep")] == [1, 2, 17 / 16]
+
+
+def test_local_steps_have_the_rate_in_them():
+    """What a worker sends is γ g already, and its steps are counted as gradients."""
+    config = dataclasses.replace(CONFIGS["digits"], local_steps=4, decay_iterations=(100,))
+    for name in ("sgd", "local_coded", "sasg_keep"):
+        assert "local_steps" in METHODS[name].settings
+        assert make_optimizer(config, name).method.learning_rate == 1
+    assert "local_steps" not in METHODS["sasg"].settings
+    assert (METHODS["turn"].gradients(4), METHODS["sasg_keep"].gradients(4)) == (4, 4 * 17 / 16)
+    rate = learning_rate(config)
+    assert callable(rate)
+    assert [float(rate(step)) for step in (399, 401)] == pytest.approx([0.1, 0.01])
 
 
 def test_the_exchanges_are_the_librarys():

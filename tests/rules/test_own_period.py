@@ -213,7 +213,7 @@ def test_what_it_says_of_itself():
     assert (rule.silence, rule.max_staleness, rule.always) == ("keep", None, False)
     assert not rule.needs_learning_rate
     threshold, _ = rule.begin((), Round(PARAMS, jnp.int32(0), M, None))
-    assert threshold == np.float32(0.3)
+    assert threshold == 1
     shared = _rule(share_stale_params=True)
     assert shared.name == "innovation(max_staleness=8, look_every=2, share_stale_params=True)"
     assert shared.init_worker(PARAMS).stale_params == ()

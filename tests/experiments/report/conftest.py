@@ -199,7 +199,7 @@ class Folder:
                 taken = {
                     "iterations": count and 1_000,
                     "uploads": count,
-                    "gradients": count and 1_000,
+                    "gradients_per_worker": count and 1_000,
                     "uplink_bytes": count and count * size,
                     "downlink_bytes": count and 16_000_000_000,
                 }

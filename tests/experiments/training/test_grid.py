@@ -37,7 +37,7 @@ def test_a_c_is_that_of_all_rules_with_an_alpha():
 
 
 def _record(uploads, rounds=100, up=10, down=10, accuracy=0.9):
-    taken = dict(zip(grid.OUTCOME, (rounds, uploads, up, down), strict=True))
+    taken = dict(zip(grid.OUTCOME, (rounds, uploads, up, down, rounds), strict=True))
     at_target = {f"{key}_at_target": uploads and value for key, value in taken.items()}
     return {**at_target, "final_test_accuracy": accuracy}
 
@@ -65,6 +65,19 @@ def test_of_none_at_the_target_the_best_is_nearest():
 def test_axes_are_options_with_several_values():
     options = Compare("digits", learning_rates=(0.1, 0.2), density=(0.05,), period=(4, 8))
     assert grid.axes(options) == {"learning_rate": (0.1, 0.2), "period": (4, 8)}
+
+
+def test_gradients_are_rounds_of_so_many():
+    config = dataclasses.replace(DIGITS, evaluate_every=100)
+    several = {"local_steps": (1, 8)}
+    rounds = [(c.iterations, c.evaluate_every)
+              for c in grid.candidates(config, "turn", several, 1000)]  # fmt: skip
+    assert rounds == [(1000, 100), (125, 12)]
+    (both,) = grid.candidates(config, "sasg", gradients=1001)  # which takes two in a round
+    assert both.iterations == 500
+    assert grid.of_gradients(config, "turn", None) == config
+    with pytest.raises(ValueError, match=r"^Expected --gradients=1 to be enough for a round, 2\."):
+        grid.of_gradients(config, "sasg", 1)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +119,7 @@ def test_what_was_tried_and_picked_is_on_disk(tuned):
             path = tuned / "runs" / f"{folder}-seed{run['seed']}" / "record.json"
             record = json.loads(path.read_text())
             assert run["uploads_at_target"] == record["uploads_at_target"]
-            assert run["gradients_at_target"] == record["iterations_at_target"]
+            assert run["gradients_per_worker_at_target"] == record["iterations_at_target"]
             assert run["accuracy"] == record["final_test_accuracy"]
 
 

@@ -82,7 +82,24 @@ def test_another_target_is_no_other_run_and_is_asked_of_the_curve(tmp_path):
     again = files.record()
     assert again is not None
     assert (again["target_accuracy"], again["iterations_at_target"]) == (0.5, 200)
-    assert {**again, **records.at_target(files.curve(), 0.9)} == record
+    assert {**again, **records.derived(record, spec(target_accuracy=0.9), files.curve())} == record
+
+
+def test_both_ways_and_gradients_follow_from_the_counts(tmp_path):
+    """In the end and at the target; SASG takes two gradients in a round, and H steps H."""
+    for method, steps, each in (("sgd", 1, 1), ("sasg", 1, 2), ("turn", 4, 4)):
+        files = begun(
+            Store(tmp_path / method), method=method, target_accuracy=0.5, local_steps=steps
+        )
+        point = make(Point, iteration=10, test_accuracy=0.5, uplink_bytes=3, downlink_bytes=40)
+        files.append_point(point)
+        record = make(Record, method=method, iterations=20, uplink_bytes=7, downlink_bytes=80)
+        files.finish(record)
+        found = files.record()
+        assert found is not None
+        assert (found["two_way_bytes"], found["two_way_bytes_at_target"]) == (87, 43)
+        assert found["gradients_per_worker"] == 20 * each
+        assert found["gradients_per_worker_at_target"] == 10 * each
 
 
 @pytest.mark.parametrize(
@@ -109,7 +126,8 @@ def test_what_is_only_needed_to_go_on_is_removed_at_the_end(tmp_path):
     assert files.record() is None
     record = make(Record)
     files.finish(record)
-    assert files.record() == dataclasses.asdict(record) | records.at_target(files.curve(), 0.95)
+    outcome = dataclasses.asdict(record)
+    assert files.record() == outcome | records.derived(outcome, spec(), files.curve())
     assert not files.checkpoints_path.exists()
     assert len(files.curve()) == 1
 
