@@ -90,7 +90,8 @@ def top_k(
             indices = selection_lib.magnitude_top_k(x, kept, method=selection)
         if indices_as.name != "plain":
             indices = jnp.sort(indices.astype(jnp.int32))
-        chosen, coder = x[indices], coder_of(x.size, x.dtype)
+        # Without the barrier they would be gathered anew in each kernel that reads them.
+        chosen, coder = jax.lax.optimization_barrier(x[indices]), coder_of(x.size, x.dtype)
         code = coder.encode(chosen)
         left_out = 0 if coder.exact else chosen - coder.decode(code, kept, x.dtype)
         message = TopKMessage(code, indices_as.encode(indices, x.size))

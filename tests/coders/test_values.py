@@ -1,6 +1,7 @@
 """Coders of values: what comes back, and of any numbers."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,10 @@ def _lloyd(x, levels):
     magnitudes = np.abs(np.asarray(x, np.float64))
     low, high = max(magnitudes.min(), 1e-4 * magnitudes.max()), magnitudes.max()
     centres = high * (low / high) ** np.linspace(1, 0, levels)
+    level = np.zeros(len(x), int)
     for _ in range(4):
-        level = [sum(m > (a + b) / 2 for a, b in zip(centres, centres[1:], strict=False))
-                 for m in magnitudes]  # fmt: skip
-        level = np.asarray(level)
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(centres)]
+        level = np.asarray([sum(m > middle for middle in middles) for m in magnitudes])
         centres = [magnitudes[level == i].mean() if (level == i).any() else c
                    for i, c in enumerate(centres)]  # fmt: skip
     return np.sign(x) * np.asarray(centres)[level]
@@ -86,7 +87,7 @@ def test_what_is_lost():
 
 
 def test_blocks_have_magnitudes_of_their_own():
-    x = np.repeat(np.float32([1, -100, 7]), [10, 10, 3])
+    x = np.repeat(np.asarray([1, -100, 7], np.float32), [10, 10, 3])
     np.testing.assert_allclose(_around("sign2(block=10)", x), x, rtol=1e-6)
     code = signs(block=10).encode(jnp.asarray(x))
     assert code.magnitudes.shape == (3, 1)
@@ -139,14 +140,17 @@ def test_types(name, dtype):
     np.testing.assert_array_equal(np.sign(np.asarray(received, np.float32)), np.sign(x))
 
 
+def _random(shape):
+    octets = np.frombuffer(RNG.bytes(shape.size * shape.dtype.itemsize), shape.dtype)
+    return jnp.asarray(octets.reshape(shape.shape))
+
+
 @pytest.mark.parametrize("name", CODERS)
 def test_random_bytes_decode_to_finite_values(name):
     for dtype in (jnp.float32, jnp.float16):
         shapes = jax.eval_shape(CODERS[name].encode, jnp.zeros(33, dtype))
-        for seed in range(100):
-            octets = lambda s: np.random.default_rng(seed).bytes(s.size * s.dtype.itemsize)  # noqa: B023
-            random = lambda s: jnp.asarray(np.frombuffer(octets(s), s.dtype).reshape(s.shape))
-            values = _jitted(name)[1](jax.tree.map(random, shapes), 33, dtype)
+        for _ in range(100):
+            values = _jitted(name)[1](jax.tree.map(_random, shapes), 33, dtype)
             assert np.isfinite(np.asarray(values, np.float32)).all()
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         assert not np.asarray(_jitted(name)[1](zeros, 33, dtype)).any()

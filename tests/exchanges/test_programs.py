@@ -18,13 +18,21 @@ TREES = {
     "float32": {"w": (16, jnp.float32)},
     "bfloat16": {"w": (15, jnp.bfloat16)},
     "mixed": {"b": (7, jnp.bfloat16), "w": (16, jnp.float32)},
+    "long": {"b": (7, jnp.float32), "w": (301, jnp.float32)},
 }
-DOWNLINKS = {"one way": None, "two-way": sasg_jax.top_k(0.2)}
+TOP_K = sasg_jax.top_k(0.2)
+CODED = {
+    "signs": sasg_jax.top_k(0.2, values="sign", indices="elias_fano"),
+    "levels": sasg_jax.top_k(
+        0.1, scope="tree", values=sasg_jax.coders.signs(4, block=16), indices="tiled"
+    ),
+    "halves": sasg_jax.top_k(0.4, values="bfloat16", indices="bitmap"),
+}
 WAYS = [(name, "one way") for name in EXCHANGES] + [("server", "two-way"), ("sharded", "two-way")]
 # Where types are summed apart; packed into words they are in the slow tier.
 CASES = [
     pytest.param(*way, tree, marks=[pytest.mark.slow] * (tree == "mixed" and way[0] != "psum"))
-    for tree in TREES
+    for tree in ("float32", "bfloat16", "mixed")
     for way in WAYS
 ]
 # Everybody, two of whom one is the root, one that is not, and nobody.
@@ -39,14 +47,13 @@ def _loss(params, batch):
 def _program(exchange, tree, way, tells, num_workers=M, compressor=None):
     """A compiled round in which those upload that are present, and a state."""
     if compressor is None:
-        sums = EXCHANGES[exchange].sums
-        compressor = sasg_jax.identity() if sums else sasg_jax.top_k(0.2)
+        compressor = sasg_jax.identity() if EXCHANGES[exchange].sums else TOP_K
     tx = sasg_jax.compressed_sgd(
         0.1,
         compressor,
         num_workers=num_workers,
         silence="reuse" if tells else "keep",
-        downlink=DOWNLINKS[way],
+        downlink=compressor if way == "two-way" else None,
         exchange=exchange,
     )
     train_step = sasg_jax.make_train_step(
@@ -83,6 +90,20 @@ def test_ledger_equals_the_compiled_program(exchange, way, tree):
         assert len(set(totals)) == 1
     else:
         assert totals[0] > totals[3]
+
+
+@pytest.mark.parametrize("code", CODED)
+@pytest.mark.parametrize(("exchange", "way"), [way for way in WAYS if way[0] != "psum"])
+def test_coded_messages_are_as_small_as_is_said(exchange, way, code):
+    """Types narrower than a byte would be widened on their way."""
+    compressor = CODED[code]
+    program = _program(exchange, "long", way, True, M, compressor)
+    everybody, *_ = [_check(program, flags) for flags in ROUNDS]
+    plain = _check(_program(exchange, "long", way, tells=True), "1111")
+    assert sum(everybody.sent) < sum(plain.sent)
+    if exchange == "gather":
+        size = -(-compressor.message_size(program[1][0].params).bytes // 4) * 4
+        assert everybody.sent == ((M - 1) * (size + 1),) * M
 
 
 def test_without_flags_where_nobody_need_tell():

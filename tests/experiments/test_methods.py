@@ -113,8 +113,7 @@ def test_local_steps_have_the_rate_in_them():
         assert make_optimizer(config, name).method.learning_rate == 1
     assert "local_steps" not in METHODS["sasg"].settings
     assert (METHODS["turn"].gradients(4), METHODS["sasg_keep"].gradients(4)) == (4, 4 * 17 / 16)
-    rate = learning_rate(config)
-    assert callable(rate)
+    rate: Any = learning_rate(config)
     assert [float(rate(step)) for step in (399, 401)] == pytest.approx([0.1, 0.01])
 
 

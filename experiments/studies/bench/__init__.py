@@ -1,7 +1,8 @@
 """The command ``bench``: how fast selection and rounds are, beside their floors.
 
 Every number stands beside the least that it could be: of a selection, one pass over the vector; of
-a round, two gradients of every worker and the norm of their difference, which rule (6) needs. All
+a round, two gradients of every worker and the norm of their difference, which rule (6) needs; of
+coding, nothing: it stands beside the selection, and beside the round without it. All
 that are compared take turns, so that what else the machine does falls on all of them; benchmark
 libraries time one thing after the other. What needs memory is measured in processes of their own.
 """
@@ -15,13 +16,13 @@ from typing import Any, Literal
 
 @dataclasses.dataclass
 class Bench:
-    """Measures selection, rounds, and what many workers and many parameters take.
+    """Measures selection, rounds, coding, and what many workers and many parameters take.
 
     Everything is beside its floor.
     """
 
-    parts: tuple[Literal["selection", "round", "workers", "parameters"], ...] = (
-        *("selection", "round", "workers", "parameters"),
+    parts: tuple[Literal["selection", "round", "coding", "workers", "parameters"], ...] = (
+        *("selection", "round", "coding", "workers", "parameters"),
     )
     """What to measure."""
     repeats: int = 11
@@ -37,12 +38,13 @@ def work(command: Bench, arguments: Sequence[str]) -> None:
     import rich.console
 
     from experiments.report.figures import plot_ratios
-    from experiments.studies.bench import rounds, scale, selection, timing
+    from experiments.studies.bench import coding, rounds, scale, selection, timing
     from experiments.training.records import session, write_json
 
     measure = {
         "selection": selection.measure,
         "round": rounds.measure,
+        "coding": coding.measure,
         "workers": scale.measure_workers,
         "parameters": scale.measure_parameters,
     }

@@ -25,8 +25,8 @@ harder they are to tell apart, the more workers upload: one in ten, which is as 
 or half of them. On MNIST it is 0.82 of them in the first hundred rounds and 0.27 in the last."""
 
 WARM_UP_CALLS = 20
-_ROUNDS_PER_CALL = 20
-_ROUNDS = 600  # with ten workers of ten images an epoch of MNIST
+ROUNDS_PER_CALL = 20
+ROUNDS = 600  # with ten workers of ten images an epoch of MNIST
 
 
 def measure(repeats: int) -> list[Row]:
@@ -35,7 +35,7 @@ def measure(repeats: int) -> list[Row]:
 
 def _measure_where(how: str, repeats: int) -> list[Row]:
     config = CONFIGS["mnist_fc"]
-    shape = config.num_workers, config.batch_size, _ROUNDS
+    shape = config.num_workers, config.batch_size, ROUNDS
     data = calls(*examples(*shape, SEPARATIONS[how]))
     loops: dict[str, Any] = {
         METHODS[method].label: Simulated(config, method, data) for method in PAPER_METHODS
@@ -44,7 +44,7 @@ def _measure_where(how: str, repeats: int) -> list[Row]:
     cases = {"floor": _floor(config, data)} | {name: loop.run for name, loop in loops.items()}
     seconds = interleave(cases, repeats)
     notes = {name: f"{loop.fraction():.0%} upload" for name, loop in loops.items()}
-    floor, per = seconds["floor"], _ROUNDS_PER_CALL
+    floor, per = seconds["floor"], ROUNDS_PER_CALL
     return [
         row(f"round of MNIST-FC, {how}", name, times, floor, notes.get(name, ""), per)
         for name, times in seconds.items()
@@ -68,7 +68,7 @@ def examples(
 
 def calls(images: jax.Array, labels: jax.Array) -> Calls:
     """After the last call comes the first again, in another epoch."""
-    count = len(images) // _ROUNDS_PER_CALL
+    count = len(images) // ROUNDS_PER_CALL
     return list(zip(jnp.split(images, count), jnp.split(labels, count), strict=True))
 
 
