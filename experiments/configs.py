@@ -26,6 +26,8 @@ class Config:
     values: str | None = None  # how kept values are written; None: as the method has it
     indices: str | None = None  # and which they are
     down_density: float | None = None  # of the way down, where it is sparse; None: as that up
+    down_period: int = 1  # rounds to a step that the server sends
+    down_rule: str = "every"  # in which of them, see experiments.methods.DOWN_RULES
     residual_decay: float = 1.0  # β of the workers' residuals, of methods that send the top k
     local_steps: int = 1  # H, steps of a worker's own SGD in a round
     max_staleness: int = 10  # of the rule with an alpha

@@ -54,7 +54,7 @@ class Method:
             "innovation": ("alpha_c", "max_staleness") if self.alpha else ("theta", "period"),
         }
         sparse = ("density", "scope", "values", "indices", "residual_decay") if self.sparse else ()
-        down = ("down_density",) if self.two_way else ()
+        down = ("down_density", "down_period", "down_rule") if self.two_way else ()
         steps = () if self.alpha else ("local_steps",)  # an α is for gradients
         silence = () if self.rule == "always" else ("silence",)
         of_message = *sparse, *down
@@ -113,6 +113,10 @@ METHODS = {
 """The paper's four methods, two that keep, some with a sparse way down, and two of few bits."""
 
 PAPER_METHODS = ("sgd", "sparse", "lasg", "sasg")
+DOWN_RULES = ("every", "message_share", "residual_norm", "direction_change")
+"""When the server sends a step back: in turn, or in as many rounds, those in which a rule measures
+most."""
+
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 """What may step with the mean, in place of SGD with the learning rate inside the compressor."""
 
@@ -135,6 +139,8 @@ _WORDS = {
     "scope": "{} scope",
     "values": "{} values",
     "indices": "{} indices",
+    "down_period": "every {} rounds down",
+    "down_rule": "{} down",
     "residual_decay": "decay {:g}",
     "local_steps": "{} steps",
     "alpha_c": "c {:g}",
@@ -151,6 +157,16 @@ def describe_setting(name: str, value: Any) -> str:
     if name in percent:
         return percent[name].format(100 * value)
     return _WORDS[name].format(value)
+
+
+def _down_rule(config: Config) -> "sasg_jax.Rule":
+    import sasg_jax
+
+    period = config.down_period
+    if config.down_rule == "every":
+        return sasg_jax.every(period)
+    measuring = getattr(sasg_jax, config.down_rule)(max_staleness=4 * period)
+    return sasg_jax.held_rate(1 / period, measuring)
 
 
 def learning_rate(config: Config) -> "optax.ScalarOrSchedule":
@@ -189,6 +205,8 @@ def make_optimizer(
     if method.two_way:
         density = config.down_density or config.density
         parts["downlink"] = sasg_jax.top_k(**{**top, "density": density})
+        if config.down_period > 1:
+            parts["downlink_rule"] = _down_rule(config)
     if config.residual_decay != 1:
         parts["feedback"] = sasg_jax.residual(config.residual_decay)
     rule: dict[str, Any] = {}

@@ -24,6 +24,7 @@ else:
     ConfigName = Literal[tuple(CONFIGS)]
 SCOPE = Literal["tensor", "tree"]
 SILENCE = Literal["reuse", "keep", "drop"]
+DOWN_RULE = Literal["every", "message_share", "residual_norm", "direction_change"]
 VALUES = Literal["plain", "bfloat16", "sign", "sign2", "sign4", "sign8"]
 INDICES = Literal["plain", "fixed", "tiled", "bitmap", "elias_fano"]
 
@@ -150,6 +151,11 @@ class Compare(Options):
     """Part of the entries that the sparse methods send, in (0, 1]."""
     down_density: Annotated[tuple[float, ...], optional("[FLOAT ...]", "that up")] = ()
     """Part of the entries that the server of a two_way or coded method sends back."""
+    down_period: Annotated[tuple[int, ...], optional("[INT ...]", "1")] = ()
+    """Rounds from one step that it sends back to the next; in between it keeps them for later."""
+    down_rule: Annotated[tuple[DOWN_RULE, ...], optional("[NAME ...]", "every")] = ()
+    """In which of the rounds it sends: in turn (every), or in as many, those in which a rule
+    measures most: message_share, residual_norm, direction_change."""
     scope: Annotated[tuple[SCOPE, ...], optional("[tensor|tree ...]", "the method's")] = ()
     """Whether these are the largest of each tensor or of all."""
     values: Annotated[tuple[VALUES, ...], optional("[NAME ...]", "the method's")] = ()
@@ -189,6 +195,11 @@ class Run(Options):
     """Part of the entries that the sparse methods send, in (0, 1]."""
     down_density: Annotated[float | None, optional("FLOAT", "that up")] = None
     """Part of the entries that the server of a two_way or coded method sends back."""
+    down_period: Annotated[int | None, optional("INT", "1")] = None
+    """Rounds from one step that it sends back to the next; in between it keeps them for later."""
+    down_rule: Annotated[DOWN_RULE | None, optional("NAME", "every")] = None
+    """In which of the rounds it sends: in turn (every), or in as many, those in which a rule
+    measures most: message_share, residual_norm, direction_change."""
     scope: Annotated[SCOPE | None, optional("tensor|tree", "the method's")] = None
     """Whether these are the largest of each tensor or of all."""
     values: Annotated[VALUES | None, optional("NAME", "the method's")] = None

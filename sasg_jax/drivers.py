@@ -88,7 +88,7 @@ def simulate_in_chunks(
         info = RoundInfo(made.loss, *diagnostics(opt_state), made.aux)
         used = tx.find_ours(opt_state).worker.used
         new_state = keep_if(used, made, state)._replace(opt_state=opt_state)
-        return keep_own(new_state), info._replace(threshold=()), post.message
+        return keep_own(new_state), info._replace(threshold=(), sent_down=()), post.message
 
     chunk = jax.vmap(one_worker, axis_name=axis_name)
     size = min(chunk_size, num_workers)
@@ -132,8 +132,8 @@ def simulate_in_chunks(
     server = tx.find_ours(opt_state).server
     params = optax.apply_updates(state.params, updates)
     new_state = fill_own(own, one._replace(params=params, opt_state=opt_state))
-    finite = infos.finite & server.finite
-    return new_state, infos._replace(threshold=server.threshold, finite=finite)
+    of_server = {"threshold": server.threshold, "sent_down": server.sent_down}
+    return new_state, infos._replace(finite=infos.finite & server.finite, **of_server)
 
 
 def check_chunks(tx: Any, chunk_size: int) -> None:
@@ -153,7 +153,8 @@ def owners(state: TrainState) -> PyTree:
 
 
 # Which parts of a round's report belong to one worker.
-INFO_OWNERS: Any = RoundInfo._make(name != "threshold" for name in RoundInfo._fields)
+_OF_SERVER = "threshold", "sent_down"
+INFO_OWNERS: Any = RoundInfo._make(name not in _OF_SERVER for name in RoundInfo._fields)
 
 
 def _split(what: str, own_parts: PyTree, own: Any, shared: Any) -> Any:

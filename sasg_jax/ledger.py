@@ -47,9 +47,10 @@ class Ledger:
         self.uploads_by_worker = [0] * wire.num_workers
         self.rounds_by_uploads = [0] * (wire.num_workers + 1)  # entry u: with u uploads
         self.presences = 0  # over all rounds, how many workers took part
+        self.steps = 0  # rounds in which the server sent a step
         self.model_state_bytes = 0  # of model state (BatchNorm statistics) that was averaged
 
-    def record(self, uploaded: Any, present: Any = None) -> None:
+    def record(self, uploaded: Any, present: Any = None, sent_down: Any = None) -> None:
         """Adds rounds. Over several processes, ``uploaded`` may lie on the devices of all: then all
         must call this.
 
@@ -58,6 +59,8 @@ class Ledger:
             upload and nobody tells, every message is sent, also one that a refused gradient has
             left empty: who is present counts as having uploaded.
           present: who took part; None for all. ValueError for another shape or dtype.
+          sent_down: whether the server sent a step, for methods with a ``downlink_rule``, or
+            ValueError. ``# shape=() or (rounds,), dtype=bool``
 
         Warns once, when in ``2 max_staleness`` rounds that asked the rule it let nobody upload."""
         flags = self._flags("uploaded", uploaded)
@@ -65,6 +68,7 @@ class Ledger:
         if flags.shape != there.shape:
             why = f"Expected present to have the shape of uploaded, {flags.shape}, got "
             raise ValueError(why + f"{there.shape}.")
+        self.steps += self._steps(sent_down, len(flags))
         flags = flags if self._wire.flag_bytes else there
         for worker, uploads in enumerate(flags.sum(0)):
             self.uploads_by_worker[worker] += int(uploads)
@@ -72,6 +76,15 @@ class Ledger:
             self.rounds_by_uploads[int(uploads)] += 1
         self.presences += int(there.sum())
         self._watch(flags, there)
+
+    def _steps(self, sent_down: Any, rounds: int) -> int:
+        if not self._wire.downlink_flag_bytes:
+            return rounds
+        sent = np.asarray(False if sent_down is None else sent_down)
+        if sent_down is None or sent.dtype != np.bool_ or sent.shape not in ((), (rounds,)):
+            why = f"Expected sent_down to be of dtype bool and shape () or ({rounds},) for a "
+            raise ValueError(why + f"method with a downlink_rule, got {sent_down!r}.")
+        return int(np.broadcast_to(sent, rounds).sum())
 
     def _flags(self, name: str, value: Any) -> np.ndarray:
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
@@ -126,12 +139,13 @@ class Ledger:
 
     @property
     def downlink_bytes(self) -> int:
-        """The server's step to every worker in every round, or, with ``"relay"``, every upload to
-        all other workers."""
+        """The server's step to every worker in every round in which it sends one, and a flag in
+        each where it may not; or, with ``"relay"``, every upload to all other workers."""
         wire = self._wire
         if wire.exchange_object.forwards:
             return self.uploads * (wire.num_workers - 1) * wire.upload_bytes
-        return self.rounds * wire.num_workers * wire.downlink_bytes
+        flags = self.rounds * wire.downlink_flag_bytes
+        return wire.num_workers * (self.steps * wire.downlink_bytes + flags)
 
     @property
     def sent_bytes(self) -> tuple[int, ...]:
@@ -146,7 +160,8 @@ class Ledger:
     def _links(self) -> Links:
         wire = self._wire
         moved = wire.moved_upload_bytes, wire.moved_downlink_bytes, wire.flag_bytes
-        traffic = Traffic(*moved, self.uploads_by_worker, self.rounds_by_uploads)
+        counts = self.uploads_by_worker, self.rounds_by_uploads, self.steps
+        traffic = Traffic(*moved, *counts, wire.downlink_flag_bytes)
         return wire.exchange_object.all_links(traffic)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,7 +189,7 @@ class Ledger:
 
 # What a ledger needs of the wire; the rest is for errors.
 _WIRE = [f.name for f in dataclasses.fields(Wire) if f.name not in ("method", "custom_exchange")]
-_COUNTS = ("uploads_by_worker", "rounds_by_uploads", "presences", "model_state_bytes")
+_COUNTS = ("uploads_by_worker", "rounds_by_uploads", "presences", "steps", "model_state_bytes")
 
 
 def _counted(name: str, value: Any, start: Any) -> Any:

@@ -28,6 +28,10 @@ class Parts(TypedDict, total=False):
     ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a mean
     over those that sent. By default the rule's: ``"reuse"`` for :func:`sasg_jax.innovation`."""
     downlink: Compressor | None  # of the way down, e.g. top_k(0.01); dense by default
+    downlink_rule: Rule | None
+    """When the server sends a step that is compressed, by default in every round. What it does not
+    send stays in its residual. The rules that a worker can have, but for those that compare two
+    directions; the server is then worker 0 of one, and its direction the mean."""
     exchange: str | Exchange | None
     """How messages travel, one of :data:`sasg_jax.exchanges.EXCHANGES` by name or an object of
     one's own. By default what suits: ``"server"`` with a ``downlink``; ``"lazy"`` where workers may
@@ -54,6 +58,7 @@ class Method:
     keeps: bool  # a silent worker's direction goes into its residual
     remembers: bool  # the server keeps every worker's last message
     downlink_feedback: Feedback  # of the part of the step that the way down leaves out
+    downlink_rule: Rule
 
     @property
     def settings(self) -> tuple[tuple[str, str], ...]:
@@ -102,11 +107,12 @@ class Method:
         sizes = size.bytes, size.paper_bits, int(self.tells), down_bytes
         moved = lambda part: exchange.moved_bytes(part.message_shapes(params))
         custom = None if EXCHANGES.get(exchange.name) is exchange else exchange
-        rest: Any = self.rule.max_staleness or 0, exchange.name, self.settings, custom
+        flag = int(not self.downlink_rule.always)
+        rest: Any = self.rule.max_staleness or 0, flag, exchange.name, self.settings, custom
         return Wire(self.num_workers, *sizes, moved(up), moved(down), *rest)
 
 
-_SETTINGS = ("num_workers", "compressor", "rule", "feedback", "silence", "downlink", "exchange")
+_SETTINGS = ("num_workers compressor rule feedback silence downlink downlink_rule exchange").split()
 
 
 def make_method(
@@ -118,6 +124,7 @@ def make_method(
     feedback: Feedback | None = None,
     silence: str | None = None,
     downlink: Compressor | None = None,
+    downlink_rule: Rule | None = None,
     exchange: str | Exchange | None = None,
     key: Any = None,
     axis_name: str = "workers",
@@ -131,6 +138,7 @@ def make_method(
         ("rule", rule, Rule, "innovation, sasg_jax.always, sasg_jax.every"),
         ("feedback", feedback, Feedback, "residual, sasg_jax.none, sasg_jax.reconstruction"),
         ("downlink", downlink, Compressor, "top_k, sasg_jax.identity"),
+        ("downlink_rule", downlink_rule, Rule, "every, sasg_jax.residual_norm"),
     ):
         optional = name not in ("compressor", "rule")
         if not (isinstance(value, kind) or (optional and value is None)):
@@ -174,7 +182,17 @@ def make_method(
     keeps, remembers = keeps and silence == "keep", silence == "reuse" and not feedback.reconstructs
     rest = num_workers, learning_rate, key, axis_name, tells, keeps, remembers
     down_feedback = _default_feedback(down, keeps=False)
-    return Method(up, rule, feedback, silence, down, exchange, *rest, down_feedback)
+    down_rule = always() if downlink_rule is None else downlink_rule
+    allowed = f"to be None for downlink={down.name}, of which nothing is kept for later"
+    refuse(not down_rule.always and down_feedback.keep is None, "downlink_rule", down_rule, allowed)
+    allowed = "to be one that compares no directions at two parameters: the server has none"
+    refuse(down_rule.compares, "downlink_rule", down_rule, allowed)
+    unknown = down_rule.needs_learning_rate and learning_rate is None
+    refuse(unknown, "downlink_rule", down_rule, "to need no learning rate: aggregate has none")
+    allowed = f"to be None for the exchange {exchange.name!r}, which cannot tell of it"
+    told = down_rule.always or exchange.tell_down is not None
+    refuse(not told, "downlink_rule", down_rule, allowed)
+    return Method(up, rule, feedback, silence, down, exchange, *rest, down_feedback, down_rule)
 
 
 def _default_feedback(compressor: Compressor, keeps: bool) -> Feedback:

@@ -18,7 +18,8 @@ import optax
 from sasg_jax.exchanges.shards import one_shard
 from sasg_jax.method import Method
 from sasg_jax.numerics import PyTree, all_finite, wide
-from sasg_jax.states import ServerState
+from sasg_jax.rules import Decision, Rule, View
+from sasg_jax.states import DownlinkRule, ServerState
 
 
 class Kept(NamedTuple):
@@ -27,6 +28,14 @@ class Kept(NamedTuple):
     memory: PyTree
     downlink_feedback: PyTree
     downlink_memory: PyTree
+    downlink_rule: PyTree
+
+
+class Down(NamedTuple):
+    """What the server sends."""
+
+    message: PyTree  # all zeros where it is silent
+    sends: PyTree  # whether it is not. shape=(), dtype=jnp.bool_; () where all know
 
 
 def init_server(method: Method, params: PyTree) -> ServerState:
@@ -38,10 +47,20 @@ def init_server(method: Method, params: PyTree) -> ServerState:
     elif method.remembers:
         message = method.compressor.message_shapes(served)
         memory = jax.tree.map(lambda s: jnp.zeros((method.num_workers, *s.shape), s.dtype), message)
-    down = method.downlink_feedback.init(served), method.downlink.init_memory(served)
+    down_feedback, down_memory = method.downlink_feedback, method.downlink.init_memory(served)
     rule = jax.tree.map(jnp.copy, method.rule.init_shared(params))
-    zero, start = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return ServerState(memory, *down, rule, jnp.asarray(True), zero, start)
+    yes, zero, start = jnp.asarray(True), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    of_rule = _init_rule(method.downlink_rule, served)
+    down = down_feedback.init(served), down_memory, of_rule
+    return ServerState(memory, *down, rule, yes, jnp.copy(yes), zero, start)
+
+
+def _init_rule(rule: Rule, served: PyTree) -> PyTree:
+    """Of the way down: as a worker's, of one worker alone."""
+    if rule.always:
+        return ()
+    own = jax.tree.map(jnp.copy, (rule.init_worker(served), rule.init_shared(served)))
+    return DownlinkRule(own[0], own[1], jnp.asarray(rule.max_staleness or 1, jnp.int32))
 
 
 def _served_shapes(method: Method, params: PyTree) -> PyTree:
@@ -70,7 +89,7 @@ def server_half(
     return finish(method, server, kept, down, params)
 
 
-def serve(method: Method, server: ServerState, messages, uploaded, params) -> tuple[Kept, PyTree]:
+def serve(method: Method, server: ServerState, messages, uploaded, params) -> tuple[Kept, Down]:
     """What happens where the server is: its new memory, and what it sends."""
     fn, kept, operands = served(method, server, params)
     return fn(kept, messages, uploaded, *operands)
@@ -79,13 +98,14 @@ def serve(method: Method, server: ServerState, messages, uploaded, params) -> tu
 def served(method: Method, server: ServerState, params: PyTree) -> tuple[Any, Kept, tuple]:
     """``fn, kept, operands``: ``kept, down = fn(kept, messages, uploaded, *operands)``. It closes
     over nothing that is traced, so that an exchange may run it in a branch."""
-    kept = Kept(server.memory, server.downlink_feedback, server.downlink_memory)
+    kept = Kept(*server[: len(Kept._fields)])
     shard = jax.lax.axis_index(method.axis_name) if method.exchange.sharded else jnp.int32(0)
     keys = [method.keys(server.round, who) for who in (shard, method.num_workers + shard)]
-    return functools.partial(_serve, method, _served_shapes(method, params)), kept, tuple(keys)
+    operands = *keys, server.round
+    return functools.partial(_serve, method, _served_shapes(method, params)), kept, operands
 
 
-def _serve(method: Method, like: PyTree, kept: Kept, messages, uploaded, of_messages, of_step):
+def _serve(method: Method, like: PyTree, kept: Kept, messages, uploaded, of_messages, *of_step):
     memory, count = kept.memory, method.num_workers
     if uploaded is not None and not method.exchange.sums:
         replaced = memory if method.remembers else jax.tree.map(jnp.zeros_like, messages)
@@ -100,27 +120,89 @@ def _serve(method: Method, like: PyTree, kept: Kept, messages, uploaded, of_mess
         total = memory = jax.tree.map(jnp.add, memory, total)
     # Divided before it is rounded: in half precision the sum need not fit where the mean does.
     step = jax.tree.map(lambda x, leaf: (x / count).astype(leaf.dtype), total, like)
-    feedback, down_memory, down = _send_down(method, kept, step, of_step)
-    return Kept(memory, feedback, down_memory), down
+    return _send_down(method, kept._replace(memory=memory), step, *of_step)
 
 
-def _send_down(method, kept, step, keys):
-    """The way down, with its feedback. A step that is not finite leaves no trace in it."""
-    compressor, feedback = method.downlink, method.downlink_feedback
+def _send_down(method, kept: Kept, step, keys, number) -> tuple[Kept, Down]:
+    """The way down, with its feedback and its rule. A step that is not finite leaves no trace."""
+    compressor, feedback, rule = method.downlink, method.downlink_feedback, method.downlink_rule
     p = feedback.before(step, kept.downlink_feedback)
 
-    def send():
+    def compress():
         key = method.compressor_key(compressor, keys)
-        compressed = compressor.compress(p, kept.downlink_memory, key)
+        return compressor.compress(p, kept.downlink_memory, key)
+
+    def send():
+        compressed = compress()
         after = feedback.after(kept.downlink_feedback, compressed, lambda: None)
         return after, compressed.memory, compressed.message
+
+    def hold():
+        after = feedback.keep(kept.downlink_feedback, p)
+        return after, kept.downlink_memory, compressor.zero_message(p)
 
     def refuse():  # NaN tells the workers
         nan = lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0)
         message = jax.tree.map(nan, compressor.zero_message(p))
         return kept.downlink_feedback, kept.downlink_memory, message
 
-    return send() if compressor.exact else jax.lax.cond(all_finite(p), send, refuse)
+    sends, of_rule = (), kept.downlink_rule
+    if compressor.exact:
+        after, memory, message = send()
+    elif rule.always:
+        after, memory, message = jax.lax.cond(all_finite(p), send, refuse)
+    else:
+        finite, round = all_finite(p), method.round((), number)._replace(num_workers=1)
+        pending, remainder = lambda: p, lambda: compress().remainder
+        decision, decided = _decide_down(rule, kept, round, step, pending, remainder)
+        sends = decision.upload | ~finite
+        speak = lambda: jax.lax.cond(finite, send, refuse)
+        after, memory, message = jax.lax.cond(sends, speak, hold)
+        sent = jax.tree.map(lambda x, e: x - e, p, after.residual)  # zero where it is silent
+        made = _after_rule(rule, decided, round, step, sent, sends)
+        choose = lambda new, old: jnp.where(finite, new, old)
+        of_rule = jax.tree.map(choose, made, kept.downlink_rule)
+    return Kept(kept.memory, after, memory, of_rule), Down(message, sends)
+
+
+def _decide_down(rule, kept, round, step, pending, remainder) -> tuple[Decision, DownlinkRule]:
+    """Whether the server sends, and its rule's memory once it has decided: as worker 0 of one; with
+    shards each as worker 0, as what one of them sends moves with what the others do."""
+    old: DownlinkRule = kept.downlink_rule
+    threshold, shared = rule.begin(old.shared, round)
+    cap = rule.max_staleness
+    forced = jnp.asarray(False) if cap is None else old.staleness >= cap
+    own = step, kept.downlink_feedback, old.staleness, old.memory, shared, threshold, forced
+    first = jnp.zeros((), jnp.int32)
+    decision = rule.decide(View(round, first, *own, _nothing_to_compare, pending, remainder))
+    memory = old.memory if decision.memory is None else decision.memory
+    decided = DownlinkRule(memory, shared, old.staleness)
+    return decision._replace(upload=forced | decision.upload), decided
+
+
+def _after_rule(rule, decided: DownlinkRule, round, step, sent, sends) -> DownlinkRule:
+    """The rule's memory after the round."""
+    after = rule.sent(decided.memory, (), step, round.learning_rate)
+    memory = jax.tree.map(lambda new, old: jnp.where(sends, new, old), after, decided.memory)
+    staleness = jnp.where(sends, 1, decided.staleness + 1).astype(jnp.int32)
+    return DownlinkRule(memory, rule.end(decided.shared, round, sent), staleness)
+
+
+def _nothing_to_compare(params: PyTree) -> PyTree:
+    raise TypeError("A rule of the way down has no direction at other parameters to compare with.")
+
+
+def spread(method: Method, down: Down) -> Down:
+    """What the server sends, on every worker; nothing moves but a flag where it is silent."""
+    exchange, axis_name = method.exchange, method.axis_name
+    if method.downlink_rule.always:
+        return down._replace(message=exchange.spread(down.message, axis_name))
+    assert exchange.tell_down is not None
+    sends = exchange.tell_down(down.sends, axis_name)
+    shapes = jax.eval_shape(lambda message: exchange.spread(message, axis_name), down.message)
+    zeros = lambda message: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    send = lambda message: exchange.spread(message, axis_name)
+    return Down(jax.lax.cond(sends, send, zeros, down.message), sends)
 
 
 def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> PyTree:
@@ -129,17 +211,19 @@ def replace_messages(messages: PyTree, fresh: PyTree, uploaded: jax.Array) -> Py
     return jax.tree.map(lambda old, new: jnp.where(flags(new), new, old), messages, fresh)
 
 
-def finish(method: Method, server: ServerState, kept: Kept, down: PyTree, params: PyTree) -> Any:
+def finish(method: Method, server: ServerState, kept: Kept, down: Down, params: PyTree) -> Any:
     """What every worker makes of what the server sends: the step, and the server's new state."""
     round = method.round(params, server.round)
     threshold, shared = method.rule.begin(server.rule, round)
-    step = down  # what is sent without loss and in one piece is the step itself
+    message = step = down.message  # what is sent without loss and in one piece is the step itself
     if not method.downlink.exact or method.exchange.sharded:
         compressor = method.per_link(method.downlink)
         key = method.decoder_key(compressor, method.keys(server.round, jnp.int32(0)))
-        step = compressor.decompress(down, params, key)
-    finite = all_finite([x for x in jax.tree.leaves(down) if jnp.issubdtype(x.dtype, jnp.floating)])
+        step = compressor.decompress(message, params, key)
+    floats = [x for x in jax.tree.leaves(message) if jnp.issubdtype(x.dtype, jnp.floating)]
+    finite = all_finite(floats)
     step = jax.tree.map(lambda x: jnp.where(finite, x, 0), step)
     number = jnp.asarray(optax.safe_increment(server.round))
     rule = method.rule.end(shared, round, step)
-    return step, ServerState(*kept, rule, finite, threshold, number)
+    sent_down = jnp.asarray(True) if method.downlink_rule.always else down.sends
+    return step, ServerState(*kept, rule, finite, sent_down, threshold, number)

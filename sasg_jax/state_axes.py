@@ -89,7 +89,7 @@ def _mark(node: PyTree) -> PyTree:
         return _fill(node, True)
     if isinstance(node, AggregateState) and node.wire.exchange_object.sharded:
         # Each worker is the server of one shard, and only it has what is kept of that shard.
-        names = "memory", "downlink_feedback", "downlink_memory"
+        names = "memory", "downlink_feedback", "downlink_memory", "downlink_rule"
         own = {name: _fill(getattr(node.server, name), True) for name in names}
         server = _fill(node.server, False)._replace(**own)
         return _mark_children(node)._replace(server=server)

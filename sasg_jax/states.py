@@ -23,17 +23,27 @@ class WorkerState(NamedTuple):
     innovation: jax.Array  # what the rule measured last. shape=(), dtype=jnp.float32
 
 
+class DownlinkRule(NamedTuple):
+    """What the rule of the way down keeps, for which the server is the one worker."""
+
+    memory: PyTree  # of Rule.init_worker
+    shared: PyTree  # of Rule.init_shared
+    staleness: jax.Array  # rounds since a step was sent. shape=(), dtype=jnp.int32
+
+
 class ServerState(NamedTuple):
     """What the server carries from round to round, the same on all workers. But ``memory``,
-    ``downlink_feedback`` and ``downlink_memory`` are where the exchange has the server: with
-    ``"sharded"`` each worker has those of its own shard, and with ``"server"`` only those of worker
-    0 are kept up."""
+    ``downlink_feedback``, ``downlink_memory`` and ``downlink_rule`` are where the exchange has the
+    server: with ``"sharded"`` each worker has those of its own shard, and with ``"server"`` only
+    those of worker 0 are kept up."""
 
     memory: PyTree  # last messages, leading axis M; or the sum of reconstructions; mostly ()
     downlink_feedback: PyTree  # as WorkerState.feedback; () for a dense way down
     downlink_memory: PyTree  # of Compressor.init_memory, mostly without arrays
+    downlink_rule: PyTree  # DownlinkRule; () where a step is sent in every round
     rule: PyTree  # of Rule.init_shared, e.g. StepHistory
     finite: jax.Array  # whether the last step was. shape=(), dtype=jnp.bool_
+    sent_down: jax.Array  # whether it was sent at once. shape=(), dtype=jnp.bool_
     threshold: jax.Array  # of the last round. shape=(), dtype=jnp.float32
     round: jax.Array  # rounds made, t. shape=(), dtype=jnp.int32
 
@@ -52,6 +62,7 @@ class Wire:
     moved_upload_bytes: int  # what the exchange makes of one message
     moved_downlink_bytes: int  # what the exchange makes of one step
     max_staleness: int  # rounds after which a rule that looks at something forces an upload; or 0
+    downlink_flag_bytes: int  # to say whether the server sends a step; 0 where it always does
     exchange: str
     method: tuple[tuple[str, str], ...] = ()  # the parts of the method that the state is made for
     custom_exchange: Exchange | None = None  # where it is none of sasg_jax.exchanges.EXCHANGES
@@ -78,7 +89,7 @@ class PipelineState(NamedTuple):
 
 
 class Diagnostics(NamedTuple):
-    """What happened in the last round. In a state with stacked workers, all but the threshold have
+    """What happened in the last round. In a state with stacked workers, all but the last two have
     a leading axis M."""
 
     uploaded: jax.Array  # shape=(), dtype=jnp.bool_
@@ -86,6 +97,7 @@ class Diagnostics(NamedTuple):
     staleness: jax.Array  # after the round, 1 = just uploaded. shape=(), dtype=jnp.int32
     innovation: jax.Array  # what the rule measured, ‖g - g'‖² for (6), or 0. dtype=jnp.float32
     threshold: jax.Array  # with what it was compared. shape=(), dtype=jnp.float32
+    sent_down: jax.Array  # whether the server sent a step. shape=(), dtype=jnp.bool_
 
 
 def diagnostics(opt_state: PyTree) -> Diagnostics:
@@ -94,7 +106,7 @@ def diagnostics(opt_state: PyTree) -> Diagnostics:
     worker, server, _ = find_state(opt_state)
     finite = worker.finite & server.finite
     report = worker.uploaded, finite, worker.staleness, worker.innovation
-    return Diagnostics(*report, server.threshold)
+    return Diagnostics(*report, server.threshold, server.sent_down)
 
 
 def find_state(opt_state: PyTree) -> AggregateState:

@@ -35,6 +35,7 @@ class RoundInfo(NamedTuple):
     staleness: jax.Array  # after the round, 1 = just uploaded. shape=(M,), dtype=jnp.int32
     innovation: jax.Array  # as in sasg_jax.Diagnostics. shape=(M,), dtype=jnp.float32
     threshold: jax.Array  # with what it was compared. shape=(), dtype=jnp.float32
+    sent_down: jax.Array  # whether the server sent a step. shape=(), dtype=jnp.bool_
     aux: PyTree  # of loss_fn, leading axis M; () if there is none
 
 

@@ -15,7 +15,7 @@ from sasg_jax.control_flow import refuse_collectives
 from sasg_jax.method import Method, Parts, make_method
 from sasg_jax.numerics import PyTree, is_masked
 from sasg_jax.rules import Rule
-from sasg_jax.server import finish, init_server, served
+from sasg_jax.server import Down, finish, init_server, served, spread
 from sasg_jax.states import AggregateState, PipelineState, register_with_flax
 from sasg_jax.worker import init_worker, worker_half, worker_half_with_mean
 
@@ -211,12 +211,12 @@ def _transformation(method, init, worker_part, server_part, find_ours) -> Transf
         mine = True if present is None else present[index]
         state, post = worker_part(updates, state, params, index, mine, grad_fn)
         fn, kept, operands = served(method, find_ours(state).server, params)
-        down = post.message  # where the compressor has taken means, that of all
+        message, down = post.message, Down(post.message, ())  # of means, that of all
         if method.compressor.compress_mean is None:
             flags = exchange.tell(post.uploaded, axis_name) if method.tells else present
-            rows = exchange.collect(down, flags, axis_name)
+            rows = exchange.collect(message, flags, axis_name)
             kept, down = exchange.serve(fn, axis_name, kept, rows, flags, *operands)
-            down = exchange.spread(down, axis_name)
+            down = spread(method, down)
         return server_part(state, kept, down, params, extra)
 
     tx = Transformation(init, update)

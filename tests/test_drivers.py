@@ -173,7 +173,9 @@ def test_drivers_take_any_round_of_a_worker():
         there = present[jax.lax.axis_index("workers")]
         total = jax.lax.psum(jnp.where(there, batch, 0), "workers")
         params = jax.tree.map(lambda w: w + total, state.params)
-        info = sasg_jax.RoundInfo(batch, there, there, state.model_state, batch, total, ())
+        info = sasg_jax.RoundInfo(
+            batch, there, there, state.model_state, batch, total, total > 0, ()
+        )
         return state._replace(params=params, model_state=state.model_state + 1), info
 
     present = np.array([True, False, True, True])
@@ -206,7 +208,8 @@ def test_simulation_refuses_as_shared_what_depends_on_the_worker():
     start = sasg_jax.TrainState({"w": np.zeros(2, np.float32)}, opt_state, (), ())
 
     def one_worker(state, batch, present):
-        info = sasg_jax.RoundInfo(batch, batch, batch, batch, batch, jnp.zeros(()), ())
+        report = batch, batch, batch, batch, batch
+        info = sasg_jax.RoundInfo(*report, jnp.zeros(()), jnp.asarray(True), ())
         return state._replace(params={"w": state.params["w"] + batch}), info
 
     with pytest.raises(ValueError, match=r"^Expected params and .* to be the same on all workers"):

@@ -103,6 +103,7 @@ def test_exact_past_two_to_the_53():
         "rounds_by_uploads": [1, 2**60, 0, 0, 2**60],
         "uploads_by_worker": [2**61] * 3 + [2**62],
         "presences": M * (2**61 + 1),
+        "steps": 2**61 + 1,
     }
     ledger = sasg_jax.Ledger.from_dict(json.loads(json.dumps(saved)))
     ledger.record(np.array([True, False, False, False]))

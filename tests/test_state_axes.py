@@ -60,7 +60,12 @@ WRAPPED = {
     "server": _approximate("server"),
     "sharded": _approximate("sharded"),
 }
-OF_A_SHARD = (".server.memory", ".server.downlink_feedback", ".server.downlink_memory")
+OF_A_SHARD = (
+    ".server.memory",
+    ".server.downlink_feedback",
+    ".server.downlink_memory",
+    ".server.downlink_rule",
+)
 
 
 # Marks --------------------------------------------------------------------------------------------

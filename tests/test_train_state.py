@@ -31,7 +31,7 @@ def test_a_workers_round_under_ones_own_map_is_that_of_the_train_step():
         keys=0,
         direction=0,
     )
-    info_axes: Any = sasg_jax.RoundInfo(*[0] * 5, threshold=None, aux=0)  # pyright: ignore
+    info_axes: Any = sasg_jax.RoundInfo(*[0] * 5, threshold=None, sent_down=None, aux=0)  # pyright: ignore
 
     def by_hand(state, batch, present):
         return jax.vmap(

@@ -25,7 +25,7 @@ from experiments.training.records import Store, session, write_json
 from experiments.training.train import partition
 
 _LEAST = {"iterations": 1, "num_workers": 1, "width": 1, "batch_size": 1, "period": 1}
-_LEAST |= {"evaluate_every": 1, "local_steps": 1, "gradients": 1}
+_LEAST |= {"evaluate_every": 1, "local_steps": 1, "gradients": 1, "down_period": 1}
 _LEAST |= {"seed": 0, "seeds": 0, "checkpoint_seconds": 0, "num_processes": 1}
 _LEAST |= {"max_staleness": 1, "theta": 0, "alpha_c": 0}
 _FRACTIONS = "density down_density residual_decay target".split()

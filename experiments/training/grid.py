@@ -16,7 +16,8 @@ from experiments.training.records import Store, read_json
 from experiments.training.runs import Run
 
 AXES = (
-    "learning_rate alpha_c local_steps density down_density scope values indices residual_decay "
+    "learning_rate alpha_c local_steps density down_density down_period down_rule scope "
+    "values indices residual_decay "
     "batch_size period theta max_staleness silence"
 ).split()
 """Fields of a configuration that can have several values in a comparison."""

@@ -235,7 +235,7 @@ class _Run:
         progress.seconds.append((rounds, time.perf_counter() - started_at))
         progress.iteration += rounds
         progress.reports.append(jax.device_get(info))
-        self.ledger.record(info.uploaded)
+        self.ledger.record(info.uploaded, sent_down=info.sent_down)
         if not np.isfinite(progress.reports[-1].loss).all():
             raise FloatingPointError(
                 f"{self.method} (seed {self.seed}) diverged: the training loss is not finite after "

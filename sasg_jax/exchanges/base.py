@@ -31,6 +31,8 @@ class Traffic(NamedTuple):
     flag_bytes: int  # what says whether a worker uploads; 0 where all know
     uploads_by_worker: Sequence[int]  # length M
     rounds_by_uploads: Sequence[int]  # entry u: rounds in which u workers uploaded. length M + 1
+    steps: int  # rounds in which the server sent a step
+    downlink_flag_bytes: int = 0  # what says whether it does; 0 where it always does
 
 
 class Needs(NamedTuple):
@@ -66,6 +68,8 @@ class Exchange:
       tell: ``flags = tell(uploaded, axis_name)``: who uploads, known to all. shape=(M,), dtype=bool
       serve: ``memory, down = serve(fn, axis_name, *operands)``: ``fn(*operands)`` at the server.
       spread: ``down = spread(down, axis_name)``: what the server sends, on every worker.
+      tell_down: ``sends = tell_down(sends, axis_name)``: whether a server sends, known to all, for
+        methods that let it be silent. shape=(), dtype=bool
       mean: ``mean(tree, axis_name)``: the mean over workers, for compressors that need it."""
 
     name: str  # in arguments and errors
@@ -77,6 +81,8 @@ class Exchange:
     refuses: Callable[[Needs], str | None] = refuse_mean_inside
     serve: Callable[..., tuple[PyTree, PyTree]] = lambda fn, axis_name, *operands: fn(*operands)
     spread: Callable[[PyTree, str], PyTree] = lambda down, axis_name: down
+    tell_down: Callable[[jax.Array, str], jax.Array] | None = None
+    downlink_flag_links: Callable[[int], Links] | None = None  # of M: what one tell_down moves
     mean: Callable[..., PyTree] | None = None
     sums: bool = False  # what it collects is the sum of the messages
     sharded: bool = False  # each worker serves its own shard, and has server memory of its own
@@ -85,10 +91,17 @@ class Exchange:
 
     def all_links(self, traffic: Traffic) -> Links:
         """What a run moves over each worker's link, with flags."""
-        times = traffic.flag_bytes * sum(traffic.rounds_by_uploads)
-        add = lambda moved, flags: [x + times * y for x, y in zip(moved, flags, strict=True)]
-        flags = self.flag_links(len(traffic.uploads_by_worker))
-        return Links(*map(add, self.links(traffic), flags))
+        size, rounds = len(traffic.uploads_by_worker), sum(traffic.rounds_by_uploads)
+
+        def add(links: Links, flags: Links, times: int) -> Links:
+            both = lambda moved, flag: [x + times * y for x, y in zip(moved, flag, strict=True)]
+            return Links(*map(both, links, flags))
+
+        links = add(self.links(traffic), self.flag_links(size), rounds * traffic.flag_bytes)
+        if not traffic.downlink_flag_bytes:
+            return links
+        assert self.downlink_flag_links is not None
+        return add(links, self.downlink_flag_links(size), rounds * traffic.downlink_flag_bytes)
 
 
 def over_workers(on_devices: Any, simulated: Any, axis_name: str, message, *operands) -> PyTree:

@@ -37,9 +37,23 @@ def _spread(down, axis_name):
 
 
 def _links(traffic):
-    down = sum(traffic.rounds_by_uploads) * traffic.downlink_bytes
+    down = traffic.steps * traffic.downlink_bytes
     up = [uploads * traffic.upload_bytes for uploads in traffic.uploads_by_worker[1:]]
     return Links([len(up) * down, *up], [sum(up), *(down for _ in up)])
 
 
-SERVER = packed(rows_at_root, name="server", links=_links, serve=_serve, spread=_spread, **BY_ROOT)
+def _tell_down(sends, axis_name):
+    on_devices = lambda sends: from_root(sends.astype(jnp.uint8), axis_name).astype(bool)
+    return over_workers(on_devices, lambda size, sends, batched: sends, axis_name, sends)
+
+
+SERVER = packed(
+    rows_at_root,
+    name="server",
+    links=_links,
+    serve=_serve,
+    spread=_spread,
+    tell_down=_tell_down,
+    downlink_flag_links=lambda n: Links([n - 1] + [0] * (n - 1), [0] + [1] * (n - 1)),
+    **BY_ROOT,
+)

@@ -8,7 +8,7 @@ from jax import lax
 
 from sasg_jax.control_flow import update_if
 from sasg_jax.exchanges.base import Exchange, Links
-from sasg_jax.exchanges.flags import TO_ALL
+from sasg_jax.exchanges.flags import TO_ALL, tell_all, tell_all_links
 from sasg_jax.exchanges.packing import pack, packed_bytes, unpack_rows
 from sasg_jax.exchanges.shards import first
 
@@ -32,7 +32,7 @@ def _spread_shards(down, axis_name):
 
 def _links(traffic):
     size, rounds = len(traffic.uploads_by_worker), traffic.rounds_by_uploads
-    moved = sum(rounds[1:]) * traffic.upload_bytes + sum(rounds) * traffic.downlink_bytes
+    moved = sum(rounds[1:]) * traffic.upload_bytes + traffic.steps * traffic.downlink_bytes
     return Links([(size - 1) * moved] * size, [(size - 1) * moved] * size)
 
 
@@ -43,6 +43,8 @@ SHARDED = Exchange(
     links=_links,
     serve=_serve_shard,
     spread=_spread_shards,
+    tell_down=lambda sends, axis_name: tell_all(sends, axis_name).any(),
+    downlink_flag_links=tell_all_links,
     sharded=True,
     **TO_ALL,
 )

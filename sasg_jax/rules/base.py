@@ -85,6 +85,7 @@ class Rule:
     always: bool = False  # everybody uploads in every round, so that nobody need tell
     measure: Callable[[View], jax.Array] | None = None
     silence: str = "reuse"
+    compares: bool = False  # it asks for the direction at other parameters
     needs_learning_rate: bool = False  # it reads Round.learning_rate
     init_worker: Callable[[PyTree], PyTree] = lambda params: ()
     init_shared: Callable[[PyTree], PyTree] = lambda params: ()

@@ -157,6 +157,7 @@ def innovation(
         decide=decide,
         measure=measure if max_staleness > 1 else None,
         max_staleness=max_staleness,
+        compares=True,
         needs_learning_rate=callable(alpha),
         init_worker=lambda params: own(params, jnp.zeros((), jnp.float32)),
         init_shared=init_shared,

@@ -78,6 +78,7 @@ def own_period(
         # What is shared goes back no further than a turn.
         measure=None if share_stale_params else measure,
         silence="keep",
+        compares=True,
         init_worker=lambda params: OwnPeriod(own(params), one(), jnp.zeros((), jnp.int32)),
         init_shared=lambda params: init_recent(params, kept) if share_stale_params else (),
         begin=lambda shared, round: (jnp.asarray(theta, jnp.float32), shared),

@@ -184,6 +184,7 @@ def test_all_links_add_the_flags_of_every_round():
         flag_bytes=2,
         uploads_by_worker=[1, 2, 3],
         rounds_by_uploads=[4, 0, 3, 0],
+        steps=7,
     )
     assert exchange.all_links(traffic) == ([10 + 14 * 3, 20, 30 + 14], [1 + 70, 2 + 84, 3 + 98])
     assert exchange.all_links(traffic._replace(flag_bytes=0)) == ([10, 20, 30], [1, 2, 3])

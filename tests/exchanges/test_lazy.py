@@ -18,6 +18,7 @@ def test_links_by_hand():
         flag_bytes=1,
         uploads_by_worker=[2, 3, 3, 2, 1, 1],
         rounds_by_uploads=[2, 1, 1, 1, 0, 0, 1],
+        steps=6,
     )
     moved = 20 * 1 + 20 * 2 + 2 * 5 * 12
     assert LAZY.links(traffic) == ([moved] * 6, [moved] * 6)
@@ -29,7 +30,7 @@ def test_it_never_moves_more_than_a_gather_nor_than_a_sum_of_slots(size):
     for uploads in range(size + 1):
         rounds = [int(count == uploads) for count in range(size + 1)]
         by_worker = [int(worker < uploads) for worker in range(size)]
-        sent = LAZY.links(Traffic(size * 100, 0, 1, by_worker, rounds)).sent
+        sent = LAZY.links(Traffic(size * 100, 0, 1, by_worker, rounds, 1)).sent
         gathered = (size - 1) * size * 100
         slots = uploads * 2 * (size - 1) * 100
         assert sent == [min(gathered, slots)] * size
@@ -40,7 +41,7 @@ def test_of_many_workers_it_moves_at_most_an_eighth_more(size):
     for uploads in range(size + 1):
         rounds = [int(count == uploads) for count in range(size + 1)]
         by_worker = [int(worker < uploads) for worker in range(size)]
-        sent = LAZY.links(Traffic(size * 100, 0, 1, by_worker, rounds)).sent[0]
+        sent = LAZY.links(Traffic(size * 100, 0, 1, by_worker, rounds, 1)).sent[0]
         gathered = (size - 1) * size * 100
         slots = uploads * 2 * (size - 1) * 100
         assert min(gathered, slots) <= sent <= min(gathered, slots * 9 // 8)

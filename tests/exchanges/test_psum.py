@@ -93,6 +93,7 @@ def test_links_by_hand():
         flag_bytes=0,
         uploads_by_worker=[0, 3, 1, 2],
         rounds_by_uploads=[0, 1, 1, 1, 0],
+        steps=3,
     )
     assert PSUM.links(traffic) == ([450] * M, [450] * M)
 

@@ -13,6 +13,7 @@ def test_links_by_hand():
         flag_bytes=1,
         uploads_by_worker=[2, 2, 1, 0],
         rounds_by_uploads=[1, 1, 2, 0, 0],
+        steps=4,
     )
     forwarded = 2 * 3 + 3 * 2
     assert RELAY.links(traffic) == (

@@ -16,6 +16,7 @@ def test_links_by_hand():
         flag_bytes=1,
         uploads_by_worker=[1, 1, 1, 0],
         rounds_by_uploads=[1, 1, 1, 0, 0],
+        steps=3,
     )
     moved = 2 * 3 * 12 + 3 * 3 * 32
     assert SHARDED.links(traffic) == ([moved] * 4, [moved] * 4)

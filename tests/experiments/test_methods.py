@@ -11,6 +11,7 @@ import pytest
 import sasg_jax
 from experiments.configs import CONFIGS
 from experiments.methods import (
+    DOWN_RULES,
     EXCHANGES,
     LOOK_EVERY,
     METHODS,
@@ -88,6 +89,7 @@ def test_any_optimizer_may_step_with_the_mean(name, optimizer):
         ("sasg_coded", "values", "plain", "compressor", "top_k(0.01, indices='elias_fano')"),
         ("turn_two_way", "down_density", 0.1, "downlink", "top_k(0.1, scope='tree')"),
         ("turn_two_way", "down_density", 0.1, "compressor", "top_k(0.01, scope='tree')"),
+        ("turn_two_way", "down_period", 3, "downlink_rule", "every(3)"),
         ("sasg", "residual_decay", 0.9, "feedback", "residual(0.9)"),
         ("sasg_keep", "period", 4, "rule", "innovation(max_staleness=4, look_every=16)"),
         ("sparse", "density", 0.1, "compressor", "top_k(0.1)"),
@@ -115,6 +117,13 @@ def test_local_steps_have_the_rate_in_them():
     assert (METHODS["turn"].gradients(4), METHODS["sasg_keep"].gradients(4)) == (4, 4 * 17 / 16)
     rate: Any = learning_rate(config)
     assert [float(rate(step)) for step in (399, 401)] == pytest.approx([0.1, 0.01])
+
+
+@pytest.mark.parametrize("rule", DOWN_RULES[1:])
+def test_the_server_sends_as_often_by_any_rule(rule):
+    config = dataclasses.replace(CONFIGS["digits"], down_period=4, down_rule=rule)
+    made = make_optimizer(config, "sasg_coded").method.downlink_rule
+    assert made.name.startswith(f"held_rate(0.25, {rule}(max_staleness=16")
 
 
 def test_the_exchanges_are_the_librarys():
