@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, cast
 
 from experiments.wire import network
@@ -67,7 +67,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def start_hosts(
-    count: int, net: network.Network | None, config: str, width: int | None
+    count: int, net: network.Network | None, config: str, settings: Mapping[str, Any]
 ) -> Iterator[Hosts]:
     """Workers of a configuration, on the hosts of a test network or on this machine's loopback.
 
@@ -95,6 +95,6 @@ def start_hosts(
             processes.append(process)
         hosts = Hosts(processes, logs, counters)
         indices = [{"index": i} for i in range(count)]
-        same = {"coordinator": coordinator, "count": count, "config": config, "width": width}
-        hosts.ask("meet", indices, **same)
+        same = {"coordinator": coordinator, "count": count, "config": config}
+        hosts.ask("meet", indices, **same, settings=dict(settings))
         yield hosts

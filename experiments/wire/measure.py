@@ -13,7 +13,7 @@ from rich.table import Table
 
 from experiments.configs import CONFIGS
 from experiments.methods import EXCHANGES, METHODS, MethodName, make_optimizer
-from experiments.options import optional
+from experiments.options import INDICES, VALUES, optional
 from experiments.report.tables import format_bytes, numbers_table
 from experiments.wire import network
 from experiments.wire.hosts import Hosts, start_hosts
@@ -61,6 +61,10 @@ class Wire:
     """Without compute: how many of the workers upload in each round of lasg and sasg."""
     width: Annotated[int | None, optional("INT")] = None
     """Hidden units of the fully connected network, or channels of the ResNet18's first stage."""
+    values: Annotated[VALUES | None, optional("NAME", "the method's")] = None
+    """How the sparse methods write values: plain, bfloat16, sign, sign2, sign4, sign8."""
+    indices: Annotated[INDICES | None, optional("NAME", "the method's")] = None
+    """And indices: plain, fixed, tiled, bitmap, elias_fano."""
     out: Annotated[pathlib.Path | None, optional("DIR", "results/wire-DATE-TIME")] = None
     """Where results go; nothing there is overwritten. The same command again goes on with what was
     stopped."""
@@ -81,7 +85,7 @@ def work(command: Wire, arguments: Sequence[str]) -> None:
     path = command.out / "wire.json"
     console = rich.console.Console()
     why_loopback = "as asked" if command.loopback else network.why_unavailable()
-    fields = ("config", "width", "hosts", "rounds", "compute", "upload_fraction")
+    fields = (*SETTINGS, "config", "hosts", "rounds", "compute", "upload_fraction")
     setting = {name: getattr(command, name) for name in fields}
     links = f"loopback, {why_loopback}" if why_loopback else f"{command.rate} links"
     about = {**session(arguments), "network": links, "setting": setting}
@@ -97,7 +101,7 @@ def work(command: Wire, arguments: Sequence[str]) -> None:
         with (
             net or contextlib.nullcontext(),
             console.status("starting") as status,
-            start_hosts(command.hosts, net, command.config, command.width) as hosts,
+            start_hosts(command.hosts, net, command.config, settings_of(command)) as hosts,
         ):
             for number, (method, exchange) in enumerate(pairs, 1):
                 label = f"{METHODS[method].label} over {exchange}"
@@ -113,6 +117,16 @@ def work(command: Wire, arguments: Sequence[str]) -> None:
     figure = path.with_suffix(".png")
     plot_wire(measurements, figure, title)
     console.print(f"Results: {path}\nFigure:  {figure}", soft_wrap=True)
+
+
+SETTINGS = ("width", "values", "indices")
+"""Of a configuration, what may be changed."""
+
+
+def settings_of(command: Wire) -> dict[str, Any]:
+    """Those that are."""
+    given = {name: getattr(command, name) for name in SETTINGS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check(command: Wire) -> list[tuple[str, str]]:

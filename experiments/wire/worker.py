@@ -50,12 +50,13 @@ def main() -> None:
 class Host:
     """One worker: its device, its data, and the programs of the method that is being measured."""
 
-    def __init__(self, coordinator: str, count: int, index: int, config: str, width: int | None):
+    def __init__(
+        self, coordinator: str, count: int, index: int, config: str, settings: dict[str, Any]
+    ):
         jax.distributed.initialize(coordinator, count, index)
         if jax.local_device_count() != 1:
             raise RuntimeError(f"Expected one device on a host, got {jax.local_devices()}.")
-        chosen = CONFIGS[config]
-        self.config = dataclasses.replace(chosen, num_workers=count, width=width or chosen.width)
+        self.config = dataclasses.replace(CONFIGS[config], num_workers=count, **settings)
         self.index = index
         self._mesh = Mesh(np.asarray(jax.devices()), (_AXIS,))
         self._model = make_model(self.config, num_classes=10)

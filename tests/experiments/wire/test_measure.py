@@ -36,7 +36,7 @@ def measurements():
     """Of some pairs, on links of 1 Gbit/s; compiled once for all tests."""
     with (
         network.Network(HOSTS, "1gbit") as net,
-        start_hosts(HOSTS, net, COMMAND.config, COMMAND.width) as hosts,
+        start_hosts(HOSTS, net, COMMAND.config, wire.settings_of(COMMAND)) as hosts,
     ):
         return {pair: wire.measure(hosts, COMMAND, *pair) for pair in PAIRS}
 
@@ -87,7 +87,7 @@ def test_loopback_totals_equal_the_ledger():
     """
     command = wire.Wire(width=2048, hosts=2, rounds=3, compute=False, upload_fraction=0.5)
     excess = []
-    with start_hosts(2, None, command.config, command.width) as hosts:
+    with start_hosts(2, None, command.config, wire.settings_of(command)) as hosts:
         for _ in range(3):
             measured = wire.measure(hosts, command, "sparse", "server")
             assert measured.kernel_sent is None
@@ -130,7 +130,7 @@ def test_the_command_trains_and_writes_and_goes_on(tmp_path, capsys):
 def test_a_worker_moves_messages_and_is_named_when_it_ends(capfd):
     """The worker alone, in a process of its own: nothing has to cross then."""
     command = wire.Wire(hosts=1, rounds=2, width=16, compute=False, upload_fraction=1)
-    with start_hosts(1, None, command.config, command.width) as hosts:
+    with start_hosts(1, None, command.config, wire.settings_of(command)) as hosts:
         measured = wire.measure(hosts, command, "sasg_two_way", "server")
         assert measured.round_ms is None
         assert [a_round["uploaded"] for a_round in measured.by_round] == [[True], [True]]
