@@ -26,7 +26,7 @@ def write_report(directory: pathlib.Path) -> pathlib.Path:
     others -= {"mnist_fc", "cifar10_narrow", "hetero_narrow"}
     names = ["mnist_fc", "cifar10_narrow", *sorted(others)]
     sections = [
-        *tuned.sections(directory),
+        *tuned.sections(directory, files),
         *(trained.table2(results, name, verdicts) for name in names),
         trained.figure2(results, names, files),
         measured.communication(results, verdicts, files),

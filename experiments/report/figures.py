@@ -13,6 +13,7 @@ import matplotlib.ticker
 import numpy as np
 
 from experiments.methods import METHODS
+from experiments.report.tables import format_bytes
 from experiments.training.records import RunFiles
 
 if TYPE_CHECKING:
@@ -111,6 +112,40 @@ def plot_ratios(ratios: Sequence[tuple[str, float]], path: pathlib.Path) -> None
         axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(y=0.01)
         axis.grid(axis="x", alpha=0.25)
+
+
+def plot_tried(tried: Mapping[str, Sequence[tuple[float, float]]], path: pathlib.Path) -> None:
+    """Draws what each setting that was tried took to the target, by method: bytes of both ways
+    against gradients of a worker. A line joins those than which no other took less of both."""
+    points = [point for found in tried.values() for point in found]
+    with _panel(path, (1.5 * _PANEL[0], 1.3 * _PANEL[1])) as (_, axis):
+        front = pareto_front(points)
+        axis.plot(*zip(*front, strict=True), color="0.75", linewidth=1.2, zorder=1)
+        for method, found in tried.items():
+            row = METHODS[method]
+            axis.scatter(*zip(*found, strict=True), s=22, color=row.colour, label=row.label)
+            least = min(found)
+            axis.annotate(
+                row.label, least, (-6, 5), textcoords="offset points", ha="right",
+                fontsize=10, color=row.colour,
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log")
+        axis.set_xlim(min(x for x, _ in points) / 12, 1.6 * max(x for x, _ in points))
+        axis.xaxis.set_major_formatter(lambda size, _: format_bytes(size))
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(_THOUSANDS)
+        axis.tick_params(axis="y", which="minor", labelsize=9)
+        axis.set(xlabel="bytes both ways to the target", ylabel="gradients of a worker")
+        axis.grid(alpha=0.25)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of pairs, those than which no other is less in one and no more in the other."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
 
 
 class Band(NamedTuple):

@@ -2,15 +2,16 @@
 
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.configs import CONFIGS
 from experiments.methods import METHODS, describe_setting
 from experiments.report import cells
 from experiments.report.cells import NOTHING, dataset_label, percent
+from experiments.report.figures import plot_tried
 from experiments.report.findings import Spread
-from experiments.report.page import Section, Table, number, text, words
+from experiments.report.page import Figure, Panel, Section, Table, number, text, words
 from experiments.training.records import read_json
 
 _FIELDS = "config target_accuracy picked_by picked_with_seed reported_seeds methods command"
@@ -66,7 +67,7 @@ def methods(contents: list[dict[str, Any]]) -> list[Tuned]:
     return [found[name] for name in METHODS if name in found]
 
 
-def sections(directory: pathlib.Path) -> list[Section]:
+def sections(directory: pathlib.Path, files: pathlib.Path) -> list[Section]:
     found = read(directory)
     if not found:
         section = Section("best", words("best.title", data="each method"))
@@ -74,10 +75,10 @@ def sections(directory: pathlib.Path) -> list[Section]:
             "python -m experiments compare NAME --learning-rates ... --out DIR/best/NAME"
         )
         return [section]
-    return [_section(name, contents) for name, contents in found.items()]
+    return [_section(name, contents, files) for name, contents in found.items()]
 
 
-def _section(name: str, contents: list[dict[str, Any]]) -> Section:
+def _section(name: str, contents: list[dict[str, Any]], files: pathlib.Path) -> Section:
     data = dataset_label(CONFIGS[name].dataset)
     section = Section(f"best-{name}", words("best.title", data=data))
     rows = methods(contents)
@@ -93,7 +94,23 @@ def _section(name: str, contents: list[dict[str, Any]]) -> Section:
         words("best.command", command=content["command"]) for content in contents
     ]
     section.tables = [_table(name, rows)]
+    if tried := points({row.method: row.tried for row in rows}):
+        path = files / f"best-{name}.png"
+        plot_tried(tried, path)
+        panels = [Panel(path, words("best.alt", data=data))]
+        section.figures.append(Figure(path.stem, words("best.figure"), panels))
     return section
+
+
+def points(tried: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[tuple[int, int]]]:
+    """Bytes of both ways and gradients of a worker, of all settings that reached the target."""
+    found = {}
+    for method, outcomes in tried.items():
+        reached = [outcome for outcome in outcomes if outcome.get("uploads_at_target") is not None]
+        both = lambda of: sum(of[f"{key}_at_target"] for key in (UP, DOWN))
+        pairs = [(both(outcome), outcome["gradients_per_worker_at_target"]) for outcome in reached]
+        found |= {method: pairs} if pairs else {}
+    return found
 
 
 def _table(name: str, rows: list[Tuned]) -> Table:

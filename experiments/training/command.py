@@ -18,8 +18,9 @@ from experiments.errors import resumable
 from experiments.methods import METHODS, make_optimizer
 from experiments.options import Compare, Options, Run
 from experiments.processes import cluster
-from experiments.report.figures import plot_curves
+from experiments.report.figures import plot_curves, plot_tried
 from experiments.report.tables import comparison_table, describe, tuned_table
+from experiments.report.tuned import points
 from experiments.training import grid, runs
 from experiments.training.records import Store, session, write_json
 from experiments.training.train import partition
@@ -197,6 +198,9 @@ def _train(options: Options, group: cluster.Group | None, arguments: Sequence[st
         write_json(best, {**session(arguments), **tuned})
         console.print(tuned_table(tuned))
         console.print(f"Settings: {best}", soft_wrap=True)
+        if tried := points({name: of["tried"] for name, of in tuned["methods"].items()}):
+            plot_tried(tried, best.with_suffix(".png"))
+            console.print(f"Tried:    {best.with_suffix('.png')}", soft_wrap=True)
     elif is_main:
         console.print(comparison_table(store.records()))
     if is_main:

@@ -57,3 +57,25 @@ def test_bars_far_below_their_floor_are_seen(tmp_path, monkeypatch):
     assert right > 1.1 * max(widths)
     monkeypatch.undo()
     plt.close(figure)
+
+
+def test_front_has_what_nothing_beats():
+    points = [(3, 1), (1, 5), (2, 3), (2, 2), (3, 3), (9, 1), (1, 5)]
+    assert figures.pareto_front(points) == [(1, 5), (2, 2), (3, 1)]
+    assert figures.pareto_front([(4, 4)]) == [(4, 4)]
+
+
+def test_all_that_was_tried_is_drawn_in_the_colour_of_its_method(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    tried = {"sgd": [(4e10, 1500), (6e10, 1400)], "local_coded": [(2e7, 2900)]}
+    figures.plot_tried(tried, tmp_path / "tried.png")
+    (figure,) = kept
+    (axis,) = figure.axes
+    assert [tuple(map(tuple, dots.get_offsets())) for dots in axis.collections] == [
+        tuple(found) for found in tried.values()
+    ]
+    assert [text.get_text() for text in axis.texts] == [METHODS[name].label for name in tried]
+    assert (tmp_path / "tried.png").exists()
+    monkeypatch.undo()
+    plt.close(figure)

@@ -105,6 +105,7 @@ def test_trials_end_at_the_target_and_reported_runs_do_not(tuned):
 def test_what_was_tried_and_picked_is_on_disk(tuned):
     best = json.loads((tuned / "best.json").read_text())
     assert (best["picked_with_seed"], best["reported_seeds"]) == (1, [2, 3])
+    assert (tuned / "best.png").exists()  # of all that were tried
     for name, method in best["methods"].items():
         tried = method["tried"]
         assert [trial["learning_rate"] for trial in tried] == [0.1, 1.0]
