@@ -1,7 +1,9 @@
 """What coders are: pairs of pure functions of static sizes.
 
 Whatever arrives, of the right shapes, decodes to indices in range and to finite values: that costs
-one comparison an entry. Zeros decode to zeros: they stand for a message that was not sent.
+one comparison an entry. (Where nobody has written it indices may repeat, and large values add up to
+infinity; such a step is refused, as any that is not finite.) Zeros decode to zeros: they stand for
+a message that was not sent.
 """
 
 import dataclasses

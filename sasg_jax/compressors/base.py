@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sasg_jax._checks import check_like, require
 from sasg_jax.numerics import PyTree
 
 
@@ -61,7 +62,13 @@ class Compressor:
     compress_mean: Callable[[PyTree, PyTree, Any, Callable], Compressed] | None = None
 
     def decompress(self, message: PyTree, like: PyTree, key: Any = None) -> PyTree:
-        """The one decoded ``message``, in the dtypes of ``like``."""
+        """The one decoded ``message``, in the dtypes of ``like``. ValueError for one of another
+        structure, shape or dtype than messages for ``like`` have, e.g. one that was cut short."""
+        if self.compress_mean is None:
+            shapes = self.message_shapes(like)
+            check_like("message", message, shapes, "a message for like")
+            dtypes = [[x.dtype for x in jax.tree.leaves(tree)] for tree in (message, shapes)]
+            require(dtypes[0] == dtypes[1], "message of dtypes", dtypes[0], f"to be of {dtypes[1]}")
         tree = self.decompress_sum(jax.tree.map(lambda x: x[None], message), like, key)
         return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), tree, like)
 
