@@ -36,7 +36,7 @@ from sasg_jax.compressors import Compressor, identity, top_k
 from sasg_jax.method import Parts
 from sasg_jax.rules import Rule, always, every, innovation, released_alpha
 from sasg_jax.rules.innovation import Alpha, AlphaFn
-from sasg_jax.transform import Transformation, compressed_sgd
+from sasg_jax.transform import Transformation, compressed_sgd, flat
 
 
 class SparseParts(Parts, total=False):
@@ -145,7 +145,7 @@ def sasg_keep(
 
 def _take_top_k(density: float, parts: SparseParts, **defaults: Any) -> tuple[Compressor, Parts]:
     """The compressor that ``parts`` ask for, and those that are left."""
-    rest: dict[str, Any] = {**defaults, **parts}
+    rest: dict[str, Any] = {**defaults, **flat(parts)}
     own = {name: rest.pop(name) for name in _OF_TOP_K if name in rest}
     return top_k(density, **own), cast(Parts, rest)
 

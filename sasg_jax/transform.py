@@ -67,7 +67,7 @@ def aggregate(
       rule: when it sends; :func:`sasg_jax.always` by default.
       num_workers: M, the size of the mapped axis over workers.
       **parts: any others, see :class:`sasg_jax.Parts`. ValueError for what does not go together."""
-    return _from_method(make_method(compressor, rule, num_workers=num_workers, **_flat(parts)))
+    return _from_method(make_method(compressor, rule, num_workers=num_workers, **flat(parts)))
 
 
 def compressed_sgd(
@@ -90,10 +90,10 @@ def compressed_sgd(
     ('lazy', 'keep')
     """
     how = {"learning_rate": check_learning_rate(learning_rate), "num_workers": num_workers}
-    return _from_method(make_method(compressor, rule, **how, **_flat(parts)))
+    return _from_method(make_method(compressor, rule, **how, **flat(parts)))
 
 
-def _flat(parts: Any) -> dict[str, Any]:
+def flat(parts: Any) -> dict[str, Any]:
     """``parts``, which ``optax.inject_hyperparams`` hands on as one argument of that name."""
     return {**parts.pop("parts", {}), **parts}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -120,6 +121,12 @@ def test_how_the_top_k_are_chosen_and_written(name):
     how = {"scope": "tree", "selection": "approximate", "values": "sign", "indices": "elias_fano"}
     everything = ", ".join(f"{key}={value!r}" for key, value in how.items())
     assert made(density=0.1, **how)["compressor"] == f"top_k(0.1, {everything})"
+    # optax hands on what is not in the signature as one argument.
+    static = ("num_workers", "density", "max_staleness", "period", "history")
+    static = tuple(x for x in static if x in inspect.signature(method).parameters)
+    injected = optax.inject_hyperparams(method, static_args=static)
+    state: Any = injected(learning_rate=0.1, num_workers=2, density=0.1, **how).init(PARAMS)
+    assert dict(state.inner_state.wire.method)["compressor"] == f"top_k(0.1, {everything})"
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -274,4 +281,5 @@ def test_flags_of_a_rule_are_read_where_it_is_called():
             if not isinstance(node, ast.Attribute) or node.attr not in FLAGS_OF_A_RULE:
                 continue
             if ast.unparse(node.value).split(".")[-1] == "rule":
-                assert name in ("sasg_jax/method.py", "sasg_jax/worker.py"), ast.unparse(node)
+                places = [f"sasg_jax/{part}.py" for part in ("method", "server", "worker")]
+                assert name in places, ast.unparse(node)
