@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 
 import pytest
 
@@ -199,3 +200,147 @@ def test_commands_name_no_path_of_a_machine(path):
     content = json.loads(path.read_text())
     command = content.get("command", "") if isinstance(content, dict) else ""
     assert not re.search(r"\s/", command)
+
+
+# In few bits --------------------------------------------------------------------------------------
+
+FEW_BITS = " ".join(README.split("### In few bits")[1].split("\n### ")[0].split())
+
+
+def _coded(name):
+    return json.loads((RESULTS / "coded" / f"{name}.json").read_text())
+
+
+def _both(outcome):
+    """Megabytes both ways to the target."""
+    return (outcome["uplink_bytes_at_target"] + outcome["downlink_bytes_at_target"]) / 1e6
+
+
+def test_readme_quotes_coded_messages_at_the_papers_rate():
+    rows, records = _readme_rows("coded"), _coded("paper_rate")["records"]
+    methods = ("sasg_two_way", "sasg_coded")
+    assert [row[0] for row in rows] == [METHODS[method].label for method in methods]
+    means = {}
+    for (_, rounds, uploads, both, accuracy), method in zip(rows, methods, strict=True):
+        runs = [record for record in records if record["method"] == method]
+        reached = [run for run in runs if run["uploads_at_target"] is not None]
+        assert [run["seed"] for run in runs] == [run["seed"] for run in reached] == [1, 2, 3, 4, 5]
+        keys = "iterations_at_target uploads_at_target two_way_bytes_at_target final_test_accuracy"
+        mean = {key: statistics.mean(run[key] for run in reached) for key in keys.split()}
+        means[method] = list(mean.values())
+        assert rounds == f"{mean['iterations_at_target']:,.0f}"
+        assert uploads == f"{mean['uploads_at_target']:,.0f}"
+        assert both == format_bytes(mean["two_way_bytes_at_target"])
+        assert accuracy == f"{mean['final_test_accuracy']:.2%}"
+    plain, coded = means.values()
+    assert coded[0] < 1.1 * plain[0]
+    assert 6 * coded[2] < plain[2]
+    assert abs(coded[3] - plain[3]) < 0.001
+
+
+@pytest.mark.parametrize(
+    ("path", "times", "said"),
+    [
+        ("best/mnist_fc/best-4", 4, "**1/{ratio:,.0f} for {gradients:,.0f} gradients**"),
+        ("coded/twice", 2, "**1/{ratio:,.0f} of its bytes both ways for {gradients:,.0f} gradi"),
+    ],
+)
+def test_readme_says_what_coded_turns_save_beside_tuned_sgd(path, times, said):
+    content = json.loads((RESULTS / f"{path}.json").read_text())
+    runs = content["methods"]["local_coded"]["runs"]
+    sgd = tuned.methods(tuned.read(RESULTS)["mnist_fc"])[0]
+    base, bytes_of_sgd = (
+        sgd.at_target(*keys) for keys in (("iterations",), (tuned.UP, tuned.DOWN))
+    )
+    assert base is not None
+    assert bytes_of_sgd is not None
+    both = statistics.mean(map(_both, runs))  # all get there
+    gradients = statistics.mean(run["gradients_per_worker_at_target"] for run in runs)
+    assert len(runs) == 5
+    assert gradients <= times * base.mean
+    ratio = bytes_of_sgd.mean / both / 1e6
+    assert ratio > {2: 1000, 4: 3000}[times]
+    assert said.format(ratio=ratio, gradients=gradients) in FEW_BITS
+    assert f"({both:.3g} MB" in FEW_BITS
+
+
+def test_readme_says_what_of_it_is_worth_its_while():
+    def tried(name, **setting):
+        outcomes = _coded(name)["methods"]["local_coded"]["tried"]
+        (found,) = [of for of in outcomes if setting.items() <= of.items()]
+        return found
+
+    gradients = lambda of: of["gradients_per_worker_at_target"]
+    best = tried("values", values="sign")
+    assert f"({gradients(best):,} gradients, {_both(best):.3g} MB)" in FEW_BITS
+    four, sixteen = (tried("values", values=name) for name in ("sign4", "bfloat16"))
+    assert gradients(best) == gradients(four) == gradients(sixteen)
+    assert f"({_both(four):.1f} and {_both(sixteen):.1f} MB)" in FEW_BITS
+    plain = tried("values", values="plain")
+    assert f"({gradients(plain):,}, {_both(plain):.1f} MB)" in FEW_BITS
+    turns = [tried("down", down_rule="every", down_period=period) for period in (2, 4)]
+    assert f"the turn of 2 ({_both(turns[0]):.3g} MB)" in FEW_BITS
+    assert gradients(turns[0]) == gradients(turns[1])
+    for rule in ("direction_change", "residual_norm", "message_share"):
+        found = tried("down", down_rule=rule, down_period=4)
+        assert f"`{rule}` takes {gradients(found):,} grad" in FEW_BITS or (
+            f"`{rule}` {gradients(found):,}" in FEW_BITS
+        )
+    same = {"learning_rate": 0.2, "local_steps": 2, "density": 0.003, "period": 4}
+    smaller = tried("sweep", down_density=0.001, **same)
+    assert f"takes {_both(smaller):.1f} MB" in FEW_BITS
+    for decay in (0.99, 0.9):
+        lost = tried("decay", residual_decay=decay)
+        assert gradients(lost) is None
+        assert f"{lost['accuracy']:.1%} with {decay}".replace("%", " %") in FEW_BITS
+    small, large = (tried("batch", batch_size=size) for size in (5, 20))
+    assert gradients(small) is None
+    assert f"batches of 5 ({small['accuracy']:.1%})".replace("%", " %") in FEW_BITS
+    assert f"of 20 take {gradients(large):,} gradients and {_both(large):.0f} MB" in FEW_BITS
+    sweep = _coded("sweep")["methods"]["local_coded"]
+    least = min((of for of in sweep["tried"] if gradients(of)), key=_both)
+    assert len(sweep["tried"]) == 48
+    assert least["local_steps"] == 4
+    assert f"four steps, {_both(least):.1f} MB, takes {gradients(least):,} grad" in FEW_BITS
+    assert [gradients(run) is None for run in sweep["runs"]].count(True) == 1
+
+
+def test_readme_says_how_fast_coded_exchanges_are():
+    content = _coded("wire")
+    faster = {}
+    for rate in ("1gbit", "100mbit"):
+        times = {}
+        for name in ("plain4", "coded4", "two_way4"):
+            for m in content[f"{rate}-{name}"]["measurements"]:
+                is_coded = name == "coded4" or m["method"] == "sasg_coded"
+                method = "two_way" if name == "two_way4" else m["method"]
+                times.setdefault((method, m["exchange"]), {})[is_coded] = m["communication_ms"]
+                sent = sum(m["ledger_sent"]) + sum(m["ledger_received"])
+                kernel = sum(m["kernel_sent"]) + sum(m["kernel_received"])
+                if rate == "1gbit" and not (is_coded and m["exchange"] == "sharded"):  # 33 kB each
+                    assert sent < kernel < 1.01 * sent
+        assert len(times) == 8
+        ratios = [time[False] / time[True] for time in times.values()]
+        faster[rate] = min(ratios), max(ratios)
+    low, high = faster["100mbit"]
+    assert low > 3
+    assert f"at 100 Mbit/s {low:.1f} to {high:.1f} times as fast" in FEW_BITS
+    low, high = faster["1gbit"]
+    assert low > 1
+    assert f"at 1 Gbit/s {low:.1f} to {high:.1f} times" in FEW_BITS
+
+
+def test_readme_says_what_coding_takes():
+    rows = {row["case"]: row["ratio"] for row in _coded("bench")["rows"]}
+    names = ["sort", *(f"{x}, {y}" for x in ("elias_fano", "sign") for y in ("encode", "decode"))]
+    assert f"takes {sum(rows[name] for name in names):.2f} of the time" in FEW_BITS
+    assert f"round of `mnist_fc` {rows['SASG, coded']:.2f} times the uncoded" in FEW_BITS
+    at_one_percent = [
+        row
+        for row in _coded("coding")["indices"]
+        if (row["size"], row["density"]) == (407_050, 0.01)
+    ]
+    (row,) = at_one_percent
+    assert f"(entropy {row['entropy']:.2f})" in README
+    assert f'| `"elias_fano"` | {row["elias_fano"]:.2f} |' in README
+    assert f'| `"tiled"` | {row["tiled"]:.1f} |' in README
