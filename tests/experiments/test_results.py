@@ -249,9 +249,7 @@ def test_readme_says_what_coded_turns_save_beside_tuned_sgd(path, times, said):
     content = json.loads((RESULTS / f"{path}.json").read_text())
     runs = content["methods"]["local_coded"]["runs"]
     sgd = tuned.methods(tuned.read(RESULTS)["mnist_fc"])[0]
-    base, bytes_of_sgd = (
-        sgd.at_target(*keys) for keys in (("iterations",), (tuned.UP, tuned.DOWN))
-    )
+    base, bytes_of_sgd = sgd.at_target("iterations"), sgd.at_target(tuned.UP, tuned.DOWN)
     assert base is not None
     assert bytes_of_sgd is not None
     both = statistics.mean(map(_both, runs))  # all get there
@@ -335,12 +333,8 @@ def test_readme_says_what_coding_takes():
     names = ["sort", *(f"{x}, {y}" for x in ("elias_fano", "sign") for y in ("encode", "decode"))]
     assert f"takes {sum(rows[name] for name in names):.2f} of the time" in FEW_BITS
     assert f"round of `mnist_fc` {rows['SASG, coded']:.2f} times the uncoded" in FEW_BITS
-    at_one_percent = [
-        row
-        for row in _coded("coding")["indices"]
-        if (row["size"], row["density"]) == (407_050, 0.01)
-    ]
-    (row,) = at_one_percent
+    small = [row for row in _coded("coding")["indices"] if row["size"] == 407_050]
+    (row,) = [row for row in small if row["density"] == 0.01]
     assert f"(entropy {row['entropy']:.2f})" in README
     assert f'| `"elias_fano"` | {row["elias_fano"]:.2f} |' in README
     assert f'| `"tiled"` | {row["tiled"]:.1f} |' in README
