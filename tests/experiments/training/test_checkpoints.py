@@ -52,6 +52,7 @@ def progress_of(iteration):
         "staleness": np.array([[1, 2, 3]], np.int32),
         "innovation": np.array([[1e-30, np.inf, np.nan]], np.float32),
         "threshold": np.array([1 / 3], np.float32),
+        "sent_down": np.array([True]),
     }
     report = sasg_jax.RoundInfo(**arrays, aux=())
     return Progress(iteration, {"uploads": 2**70}, [(10, 0.1), (7, 1 / 3)], [report, report])
