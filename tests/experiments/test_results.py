@@ -210,7 +210,7 @@ def test_readme_says_at_which_rates_of_adamw_digits_do_best():
     said = (
         "turns of 2 do best at {} and always sending at {}, where nine other seeds end at {} and {}"
     )
-    assert f"{said.format(*rates, ends[0])}{ends[1]} %" in " ".join(README.split())
+    assert f"{said.format(*rates, *ends)} %" in " ".join(README.split())
 
 
 # In few bits --------------------------------------------------------------------------------------
