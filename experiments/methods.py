@@ -127,10 +127,12 @@ if TYPE_CHECKING:
     MethodName = str
     ExchangeName = str
     OptimizerName = str
+    DownRuleName = str
 else:
     MethodName = Literal[tuple(METHODS)]
     ExchangeName = Literal[EXCHANGES]
     OptimizerName = Literal[OPTIMIZERS]
+    DownRuleName = Literal[DOWN_RULES]
 
 
 _WORDS = {

@@ -12,6 +12,7 @@ from experiments.methods import (
     EXCHANGES,
     OPTIMIZERS,
     PAPER_METHODS,
+    DownRuleName,
     ExchangeName,
     MethodName,
     OptimizerName,
@@ -24,7 +25,6 @@ else:
     ConfigName = Literal[tuple(CONFIGS)]
 SCOPE = Literal["tensor", "tree"]
 SILENCE = Literal["reuse", "keep", "drop"]
-DOWN_RULE = Literal["every", "message_share", "residual_norm", "direction_change"]
 VALUES = Literal["plain", "bfloat16", "sign", "sign2", "sign4", "sign8"]
 INDICES = Literal["plain", "fixed", "tiled", "bitmap", "elias_fano"]
 
@@ -153,7 +153,7 @@ class Compare(Options):
     """Part of the entries that the server of a two_way or coded method sends back."""
     down_period: Annotated[tuple[int, ...], optional("[INT ...]", "1")] = ()
     """Rounds from one step that it sends back to the next; in between it keeps them for later."""
-    down_rule: Annotated[tuple[DOWN_RULE, ...], optional("[NAME ...]", "every")] = ()
+    down_rule: Annotated[tuple[DownRuleName, ...], optional("[NAME ...]", "every")] = ()
     """In which of the rounds it sends: in turn (every), or in as many, those in which a rule
     measures most: message_share, residual_norm, direction_change."""
     scope: Annotated[tuple[SCOPE, ...], optional("[tensor|tree ...]", "the method's")] = ()
@@ -197,7 +197,7 @@ class Run(Options):
     """Part of the entries that the server of a two_way or coded method sends back."""
     down_period: Annotated[int | None, optional("INT", "1")] = None
     """Rounds from one step that it sends back to the next; in between it keeps them for later."""
-    down_rule: Annotated[DOWN_RULE | None, optional("NAME", "every")] = None
+    down_rule: Annotated[DownRuleName | None, optional("NAME", "every")] = None
     """In which of the rounds it sends: in turn (every), or in as many, those in which a rule
     measures most: message_share, residual_norm, direction_change."""
     scope: Annotated[SCOPE | None, optional("tensor|tree", "the method's")] = None

@@ -47,11 +47,13 @@ def init_server(method: Method, params: PyTree) -> ServerState:
     elif method.remembers:
         message = method.compressor.message_shapes(served)
         memory = jax.tree.map(lambda s: jnp.zeros((method.num_workers, *s.shape), s.dtype), message)
-    down_feedback, down_memory = method.downlink_feedback, method.downlink.init_memory(served)
+    feedback, of_rule = (
+        method.downlink_feedback.init(served),
+        _init_rule(method.downlink_rule, served),
+    )
+    down = feedback, method.downlink.init_memory(served), of_rule
     rule = jax.tree.map(jnp.copy, method.rule.init_shared(params))
     yes, zero, start = jnp.asarray(True), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    of_rule = _init_rule(method.downlink_rule, served)
-    down = down_feedback.init(served), down_memory, of_rule
     return ServerState(memory, *down, rule, yes, jnp.copy(yes), zero, start)
 
 

@@ -188,7 +188,7 @@ def _train(options: Options, group: cluster.Group | None, arguments: Sequence[st
                 shown = shown or [pick.tried[pick.place] for pick in picks]
             else:
                 picks = []
-                made = {m: grid.of_gradients(config, m, options.gradients) for m in methods}
+                made = {m: grid.of_method(config, m, options.gradients) for m in methods}
                 shown = [runs.Run(made[m], m, seed) for seed in seeds for m in methods]
             for run in shown:
                 perform(run)

@@ -55,9 +55,14 @@ def with_setting(config: Config, axis: str, value: Any) -> Config:
     return dataclasses.replace(config, **{axis: value})
 
 
-def of_gradients(config: Config, method: str, gradients: int | None) -> Config:
-    """``config`` with as many rounds as take ``gradients`` of a worker, and evaluated as often as a
-    method that takes one in a round. None leaves it as it is."""
+def of_method(config: Config, method: str, gradients: int | None) -> Config:
+    """``config`` without what the method does not take, with as many rounds as take ``gradients``
+    of a worker, and evaluated as often as a method that takes one in a round. None leaves these as
+    they are."""
+    # All others are not asked for where they are not taken.
+    read = {"local_steps": 1, "residual_decay": 1.0}
+    unused = read.keys() - {*METHODS[method].settings}
+    config = dataclasses.replace(config, **{name: read[name] for name in unused})
     if gradients is None:
         return config
     each = METHODS[method].gradients(config.local_steps)
@@ -81,7 +86,7 @@ def candidates(
         tuned = config
         for axis, value in zip(own, values, strict=True):
             tuned = with_setting(tuned, axis, value)
-        found.append(of_gradients(tuned, method, gradients))
+        found.append(of_method(tuned, method, gradients))
     return found
 
 

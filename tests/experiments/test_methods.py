@@ -3,7 +3,7 @@
 import dataclasses
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import pytest
@@ -19,6 +19,7 @@ from experiments.methods import (
     learning_rate,
     make_optimizer,
 )
+from experiments.options import INDICES, VALUES
 from sasg_jax import exchanges as library
 
 CIFAR = CONFIGS["cifar10_resnet18"]
@@ -128,6 +129,11 @@ def test_the_server_sends_as_often_by_any_rule(rule):
 
 def test_the_exchanges_are_the_librarys():
     assert set(EXCHANGES) == set(library.EXCHANGES)
+
+
+def test_the_coders_are_the_librarys():
+    assert get_args(INDICES) == tuple(sasg_jax.coders.INDEX_CODERS)
+    assert get_args(VALUES) == tuple(sasg_jax.coders.VALUE_CODERS)
 
 
 def test_the_table_needs_no_jax():

@@ -75,9 +75,19 @@ def test_gradients_are_rounds_of_so_many():
     assert rounds == [(1000, 100), (125, 12)]
     (both,) = grid.candidates(config, "sasg", gradients=1001)  # which takes two in a round
     assert both.iterations == 500
-    assert grid.of_gradients(config, "turn", None) == config
+    assert grid.of_method(config, "turn", None) == config
     with pytest.raises(ValueError, match=r"^Expected --gradients=1 to be enough for a round, 2\."):
-        grid.of_gradients(config, "sasg", 1)
+        grid.of_method(config, "sasg", 1)
+
+
+def test_what_a_method_does_not_take_makes_no_difference_to_it():
+    """Also where there is one value for all: rule (6) has an α that is for gradients."""
+    config = dataclasses.replace(DIGITS, local_steps=4, residual_decay=0.9)
+    taken = {}
+    for method in ("sasg", "sgd", "turn"):
+        (own,) = grid.candidates(config, method, gradients=100)
+        taken[method] = own.local_steps, own.residual_decay, own.iterations
+    assert taken == {"sasg": (1, 0.9, 50), "sgd": (4, 1, 25), "turn": (4, 0.9, 25)}
 
 
 @pytest.fixture(scope="module")
