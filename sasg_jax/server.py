@@ -47,11 +47,8 @@ def init_server(method: Method, params: PyTree) -> ServerState:
     elif method.remembers:
         message = method.compressor.message_shapes(served)
         memory = jax.tree.map(lambda s: jnp.zeros((method.num_workers, *s.shape), s.dtype), message)
-    feedback, of_rule = (
-        method.downlink_feedback.init(served),
-        _init_rule(method.downlink_rule, served),
-    )
-    down = feedback, method.downlink.init_memory(served), of_rule
+    feedback, compressor = method.downlink_feedback.init(served), method.downlink
+    down = feedback, compressor.init_memory(served), _init_rule(method.downlink_rule, served)
     rule = jax.tree.map(jnp.copy, method.rule.init_shared(params))
     yes, zero, start = jnp.asarray(True), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     return ServerState(memory, *down, rule, yes, jnp.copy(yes), zero, start)
