@@ -1,6 +1,5 @@
 """One wording for every bad argument: its name, its value, and what is allowed."""
 
-import math
 import numbers
 import operator
 from collections.abc import Collection
@@ -9,6 +8,8 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+
+from sasg_jax.numerics import LARGEST_RATE
 
 # Arguments that fix shapes or control flow. optax.inject_hyperparams turns every number that is
 # not listed in its `static_args` into a traced array, which these cannot be.
@@ -64,11 +65,12 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def check_learning_rate(value: Any) -> Any:
-    """``value``, which must be a schedule, a scalar array, or a finite number above 0."""
+    """``value``, which must be a schedule, a scalar array, or a number in (0, 1e6]."""
     if callable(value) or (isinstance(value, jax.Array) and value.ndim == 0):
         return value
-    ok = is_real(value) and math.isfinite(value) and value > 0
-    require(ok, "learning_rate", value, "to be a finite number above 0 or an optax schedule")
+    ok = is_real(value) and 0 < value <= LARGEST_RATE
+    allowed = f"to be a number above 0 and at most {LARGEST_RATE:g}, or an optax schedule"
+    require(ok, "learning_rate", value, allowed)
     return value
 
 

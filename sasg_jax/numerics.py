@@ -37,10 +37,16 @@ def squared_distance(a: PyTree, b: PyTree) -> jax.Array:
     return _sum(lambda x, y: jnp.square(x - y), a, b)
 
 
-def squared_distance_if_sound(a: PyTree, b: PyTree) -> jax.Array:
-    """As :func:`squared_distance`, but not finite where an entry of ``a`` is beyond 1e19: to
-    look for these costs nothing in the same pass."""
-    return _sum(lambda x, y: jnp.where(jnp.abs(x) > 1e19, jnp.inf, jnp.square(x - y)), a, b)
+def squared_distance_of_sound(a: PyTree, b: PyTree) -> jax.Array:
+    """As :func:`squared_distance`, but NaN where an entry of ``a`` is beyond 1e19, whose square
+    is no float32, and infinite where only one of ``b`` is: to look costs nothing in this pass."""
+
+    def squares(x, y):
+        squared = jnp.square(x - y)
+        squared = jnp.where(jnp.isnan(squared), jnp.inf, squared)
+        return jnp.where(jnp.abs(x) <= 1e19, squared, jnp.nan)
+
+    return _sum(squares, a, b)
 
 
 def all_finite(tree: PyTree) -> jax.Array:

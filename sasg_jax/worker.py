@@ -120,16 +120,14 @@ def _compress(method, memory, p, keys) -> Compressed:
 
 def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
     """Whether p = γ g + e is finite, for a worker that acts. A residual is finite, and far from the
-    largest numbers where it moves by small ones: p need be made and looked at only where nobody has
-    seen that g is far from them, or in half precision."""
+    largest numbers where it moves by small ones: it is enough to look at g and γ, but in half
+    precision, where p is made."""
     if any(float(jnp.finfo(x.dtype).max) < 1e30 for x in jax.tree.leaves(direction)):
-        sound = jnp.asarray(False)
-    elif sound is None:
+        look = lambda: all_finite(method.feedback.before(scale(rate, direction), memory))
+        return jax.lax.cond(for_all(~acts), lambda: jnp.asarray(True), look)
+    if sound is None:
         sound = jnp.isfinite(squared_norm(direction))
-    if rate is not None:
-        sound &= jnp.abs(rate) <= LARGEST_RATE
-    look = lambda: all_finite(method.feedback.before(scale(rate, direction), memory))
-    return jax.lax.cond(for_all(sound | ~acts), lambda: jnp.asarray(True), look)
+    return ~acts | (sound if rate is None else sound & (jnp.abs(rate) <= LARGEST_RATE))
 
 
 def worker_half_with_mean(

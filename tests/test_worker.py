@@ -434,18 +434,17 @@ def test_product_with_the_rate_that_is_not_finite_is_refused(silence, threshold)
 
 @pytest.mark.parametrize("rate", [1.0, 1e-3])
 @pytest.mark.parametrize("rule", [RULE, sasg_jax.always()], ids=["innovation", "always"])
-def test_sum_with_the_residual_that_is_not_finite_is_refused(rule, rate):
-    """Two numbers of float32 whose sum is none."""
+@pytest.mark.parametrize("forced", [True, False])
+def test_gradient_whose_square_is_not_finite_is_refused(rule, rate, forced):
+    """Also where its product with the rate would be: nobody need look at the sums, then."""
     method = _method(rule=rule)
-    worker = _worker(method, kept=_with(KEPT, 3e38))
-    grads = _with(GRADS, 1e38)
-    new, post = _round(worker, method, grads=grads, rate=rate)
-    if rate == 1.0:
-        _assert_silent(worker, new, post)
-        assert not bool(new.finite)
-    else:
-        assert bool(new.uploaded)
-        chex.assert_tree_all_finite((new.feedback, post.message))
+    worker = _worker(method, staleness=5 if forced else 2)
+    new, post = _round(worker, method, grads=_with(GRADS, 1e25), rate=rate, threshold=1e30)
+    _assert_silent(worker, new, post)
+    assert not bool(new.finite)
+    largest, _ = _round(worker, method, grads=_with(GRADS, 1e18), rate=rate, threshold=-1.0)
+    assert bool(largest.uploaded)
+    chex.assert_tree_all_finite(largest.feedback)
 
 
 def test_half_precision_overflows_sooner():
@@ -481,10 +480,14 @@ def test_stale_gradient_that_is_not_finite_uploads():
 
 
 def test_innovation_that_overflows_uploads():
-    grads = jax.tree.map(lambda g: np.float32(1e25) * g, GRADS)
-    new, _ = _round(_worker(_method()), _method(), grads=grads, threshold=1e30)
+    """The squares of g are numbers, that of g - g' is none."""
+    stale_grads = _with(GRADS, -3e19)
+    new, post = _round(
+        _worker(_method()), _method(), stale_grads=stale_grads, threshold=3e38, grads=GRADS
+    )
     assert bool(new.uploaded)
     assert bool(new.finite)
+    chex.assert_tree_all_finite((post.message, new.feedback))
 
 
 # Half precision -----------------------------------------------------------------------------------

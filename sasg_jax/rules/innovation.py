@@ -11,7 +11,7 @@ import numpy as np
 
 from sasg_jax._checks import check_bool, check_int, is_real, require
 from sasg_jax.control_flow import for_all, zero_after
-from sasg_jax.numerics import PyTree, squared_distance, squared_distance_if_sound
+from sasg_jax.numerics import PyTree, squared_distance, squared_distance_of_sound, squared_norm
 from sasg_jax.rules.base import Decision, Round, Rule, View
 from sasg_jax.rules.own_period import own_period
 from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
@@ -125,7 +125,7 @@ def innovation(
         if share_stale_params:
             uploaded_in = view.round.number - view.staleness
             stale_params = read_recent(view.shared.recent_params, uploaded_in)
-        return squared_distance_if_sound(view.direction, view.reevaluate(stale_params))
+        return squared_distance_of_sound(view.direction, view.reevaluate(stale_params))
 
     def decide(view: View) -> Decision:
         forced = view.forced | (view.round.number < history)
@@ -133,12 +133,13 @@ def innovation(
             forced |= (rate == 0) | (rate < 0.5 * view.memory.learning_rate)
         if max_staleness == 1:
             return Decision(jnp.asarray(True), jnp.zeros((), jnp.float32))
-        # Not NaN in place of what is not measured: jax_debug_nans would report it.
-        skip = lambda: jnp.full((), jnp.inf, jnp.float32)
+        # Where g' is not asked for, g is looked at all the same.
+        skip = lambda: 0 * squared_norm(view.direction)
         found = jax.lax.cond(for_all(forced), skip, lambda: measure(view))
         measured = jnp.where(forced, 0, found)
-        # Written so that an innovation that is not a number uploads.
-        return Decision(forced | ~(measured <= view.threshold), measured, jnp.isfinite(found))
+        # Written so that an innovation that is no finite number uploads.
+        unchanged = (measured <= view.threshold) & (measured < jnp.inf)
+        return Decision(forced | ~unchanged, measured, ~jnp.isnan(found))
 
     def sent(memory: StaleParams, params: PyTree, direction: PyTree, learning_rate: Any):
         rate = jnp.zeros(()) if learning_rate is None else learning_rate
