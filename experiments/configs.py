@@ -10,15 +10,23 @@ class Config:
 
     name: str
     dataset: str  # name of a data set, or several joined by "+", which go to the workers in turn
-    model: str  # ``"mlp"`` or ``"resnet18"``
-    width: int  # hidden units of the MLP; channels of the first stage of the ResNet
+    model: str  # ``"mlp"``, ``"resnet18"`` or ``"transformer"``
+    width: int  # hidden units of the MLP; channels of the first stage of the ResNet, or of all
     iterations: int
     learning_rate: float  # γ
-    target_accuracy: float  # the accuracy baseline of the tables, in [0, 1], on the whole test set
+    target_accuracy: float | None
+    """The accuracy baseline of the tables, in [0, 1], on the whole test set; None for a text."""
     alpha_c: Mapping[str, float]  # c of α_d = c·M/γ, for each adaptive method
+    bits_per_byte_target: float | None = None  # the same of a text, on files that are held out
+    methods: tuple[str, ...] = ("sgd", "sparse", "lasg", "sasg")  # that a comparison is of
     num_workers: int = 10
-    batch_size: int = 10  # samples per worker and round
+    batch_size: int = 10  # samples per worker and gradient
     decay_iterations: tuple[int, ...] = ()  # rounds at which γ is divided by ten
+    cosine: bool = False
+    """Whether γ warms up over the first twentieth of all gradients, and falls to a twentieth."""
+    context: int = 128  # bytes that a text is predicted from
+    by_gradients: bool = False
+    """Whether ``iterations`` are gradients of a worker, so that methods are compared at as many."""
     density: float = 0.01
     scope: str | None = None
     """Where the largest entries are chosen, in each ``"tensor"`` or the ``"tree"``; None: as the
@@ -29,7 +37,13 @@ class Config:
     down_period: int = 1  # rounds to a step that the server sends
     down_rule: str = "every"  # in which of them, see experiments.methods.DOWN_RULES
     residual_decay: float = 1.0  # β of the workers' residuals, of methods that send the top k
-    local_steps: int = 1  # H, steps of a worker's own SGD in a round
+    local_steps: int = 1  # H, steps of a worker's own in a round
+    inner: str = "sgd"  # with what it makes them, one of experiments.methods.OPTIMIZERS
+    outer_rate: float | None = None  # of what steps with their mean; None: as the method has it
+    outer_momentum: float | None = None  # of Nesterov's; None: as the method has it
+    weight_decay: float = 1e-4  # of AdamW and Muon
+    b2: float = 0.999  # of AdamW
+    clip_norm: float | None = None  # of gradients, before AdamW and Muon
     max_staleness: int = 10  # of the rule with an alpha
     history: int = 10  # D
     period: int | None = None  # of turns, or the longest; None: as the method has it
@@ -91,6 +105,32 @@ _CIFAR10_NARROW = dataclasses.replace(
     evaluate_every=50,
 )
 
+# A transformer of bytes on the sources of Python's own library, which need no download.
+_STDLIB_LM = Config(
+    name="stdlib_lm",
+    dataset="stdlib",
+    model="transformer",
+    width=128,
+    iterations=1500,
+    learning_rate=4e-3,
+    target_accuracy=None,
+    bits_per_byte_target=None,
+    methods=("adamw", "local_coded"),
+    alpha_c={"lasg": 0.5, "sasg": 0.5},
+    num_workers=4,
+    batch_size=4,
+    cosine=True,
+    by_gradients=True,
+    local_steps=10,
+    inner="adamw",
+    optimizer="adamw",
+    weight_decay=0.1,
+    b2=0.99,
+    clip_norm=1.0,
+    evaluate_every=250,
+    rounds_per_call=50,
+)
+
 CONFIGS: dict[str, Config] = {
     config.name: config
     for config in (
@@ -126,6 +166,17 @@ CONFIGS: dict[str, Config] = {
             dataset="cifar10+mnist",
             iterations=400,
             target_accuracy=0.45,
+        ),
+        _STDLIB_LM,
+        # The same in minutes: what it shows is that all runs, and no more.
+        dataclasses.replace(
+            *(_STDLIB_LM,),
+            name="stdlib_lm_smoke",
+            width=64,
+            context=64,
+            iterations=240,
+            evaluate_every=120,
+            bits_per_byte_target=None,
         ),
     )
 }

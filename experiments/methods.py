@@ -29,6 +29,7 @@ class Method:
     rule: str = "always"  # the name of its rule's function in sasg_jax
     two_way: bool = False  # whether it sends the top k of the step back
     coded: bool = False  # whether it sends signs, and indices in few bits
+    optimizer: str | None = None  # what steps with the mean, where that is what it is called after
 
     @property
     def sparse(self) -> bool:
@@ -55,7 +56,9 @@ class Method:
         }
         sparse = ("density", "scope", "values", "indices", "residual_decay") if self.sparse else ()
         down = ("down_density", "down_period", "down_rule") if self.two_way else ()
-        steps = () if self.alpha else ("local_steps",)  # an α is for gradients
+        steps = ("local_steps", "inner", "outer_rate", "outer_momentum")
+        if self.alpha or self.optimizer:  # which are for gradients
+            steps = ()
         silence = () if self.rule == "always" else ("silence",)
         of_message = *sparse, *down
         return ("learning_rate", "batch_size", *steps, *of_message, *of_rule[self.rule], *silence)
@@ -66,6 +69,8 @@ LOOK_EVERY = 16
 
 _LAZY: Any = {"rule": "innovation", "alpha": "sasg", "scope": "tensor"}
 METHODS = {
+    "adamw": Method("AdamW", "#444444", "sgd", ("psum", "server"), optimizer="adamw"),
+    "muon": Method("Muon", "#8c6d31", "sgd", ("psum", "server"), optimizer="muon"),
     "sgd": Method("SGD", "#0173b2", "sgd", ("psum", "server")),
     "sparse": Method("Sparse", "#de8f05", "sparse_sgd", ("gather", "server"), scope="tensor"),
     "lasg": Method(
@@ -117,8 +122,9 @@ DOWN_RULES = ("every", "message_share", "residual_norm", "direction_change")
 """When the server sends a step back: in turn, or in as many rounds, those in which a rule measures
 most."""
 
-OPTIMIZERS = ("sgd", "momentum", "adamw")
-"""What may step with the mean, in place of SGD with the learning rate inside the compressor."""
+OPTIMIZERS = ("sgd", "momentum", "adamw", "muon")
+"""What may step with the mean, in place of SGD with the learning rate inside the compressor; or
+make a worker's own steps."""
 
 EXCHANGES = ("psum", "gather", "lazy", "relay", "server", "sharded")
 """Names of the library's exchanges, known without importing it."""
@@ -145,6 +151,9 @@ _WORDS = {
     "down_rule": "{} down",
     "residual_decay": "decay {:g}",
     "local_steps": "{} steps",
+    "inner": "{} inside",
+    "outer_rate": "outer rate {:g}",
+    "outer_momentum": "outer momentum {:g}",
     "alpha_c": "c {:g}",
     "period": "period {}",
     "theta": "θ {:g}",
@@ -171,15 +180,71 @@ def _down_rule(config: Config) -> "sasg_jax.Rule":
     return sasg_jax.held_rate(1 / period, measuring)
 
 
-def learning_rate(config: Config) -> "optax.ScalarOrSchedule":
-    """γ, divided by ten at every one of ``config.decay_iterations``."""
+def _learning_rate(config: Config) -> "optax.ScalarOrSchedule":
+    """γ, as the configuration has it fall. It counts steps, of which a round may have several."""
     import optax
 
+    rate, steps = config.learning_rate, config.local_steps
+    if config.cosine:
+        total = steps * config.iterations
+        warm = max(1, total // 20)
+        return optax.warmup_cosine_decay_schedule(rate / 50, rate, warm, total, rate / 20)
     if not config.decay_iterations:
-        return config.learning_rate
-    # It counts steps, of which there may be several in a round.
-    scales = {config.local_steps * rounds: 0.1 for rounds in config.decay_iterations}
-    return optax.piecewise_constant_schedule(config.learning_rate, scales)
+        return rate
+    scales = {steps * rounds: 0.1 for rounds in config.decay_iterations}
+    return optax.piecewise_constant_schedule(rate, scales)
+
+
+def _optimizer(config: Config, name: str) -> "optax.GradientTransformation":
+    """One of :data:`OPTIMIZERS`, at the configuration's rate."""
+    import optax
+
+    rate, decay = _learning_rate(config), config.weight_decay
+    if name == "sgd":
+        return optax.sgd(rate)
+    if name == "momentum":
+        return optax.sgd(rate, momentum=0.9)
+    if name == "adamw":
+        steps = optax.adamw(rate, b2=config.b2, weight_decay=decay)
+    else:
+        # Steps as large as AdamW's, so that one rate suits both and what is no matrix.
+        steps = optax.contrib.muon(
+            rate,
+            weight_decay=decay,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+    return steps if config.clip_norm is None else optax.chain(_clip(config), steps)
+
+
+def _clip(config: Config) -> "optax.GradientTransformation":
+    import optax
+
+    assert config.clip_norm is not None
+    return optax.clip_by_global_norm(config.clip_norm)
+
+
+def _matrices(params: Any) -> Any:
+    """Those that Muon makes orthogonal: all but embeddings."""
+    import jax
+    import optax
+
+    def one(path: Any, leaf: Any) -> Any:
+        is_matrix = leaf.ndim == 2 and "embedding" not in jax.tree_util.keystr(path)
+        return optax.contrib.MuonDimensionNumbers() if is_matrix else None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def make_direction(config: Config, name: str, loss: Any, **has: bool) -> "sasg_jax.Direction":
+    """What a worker makes of its batch: a gradient, or how far several steps have led."""
+    import sasg_jax
+
+    if config.local_steps == 1:
+        return sasg_jax.gradient(loss, **has)
+    inner = _optimizer(config, config.inner)
+    return sasg_jax.local_steps(loss, inner, steps=config.local_steps, **has)
 
 
 def make_optimizer(
@@ -194,7 +259,7 @@ def make_optimizer(
 
     import sasg_jax
 
-    method, workers, rate = METHODS[name], config.num_workers, learning_rate(config)
+    method, workers = METHODS[name], config.num_workers
     parts: dict[str, Any] = {"num_workers": workers, "exchange": config.exchange}
     if method.rule != "always":
         parts["silence"] = config.silence
@@ -221,16 +286,21 @@ def make_optimizer(
         else:
             rule |= {"max_staleness": config.period, "theta": config.theta}
     rule = {setting: value for setting, value in rule.items() if value is not None}
+    optimizer = method.optimizer or config.optimizer
     if method.alpha:
         alpha = sasg_jax.released_alpha(config.alpha_c[method.alpha], workers)
-        inside = config.optimizer is None  # where the rule knows the rate
+        inside = optimizer is None  # where the rule knows the rate
         rule["alpha"] = alpha if inside else alpha(config.learning_rate)
-    if config.local_steps > 1:  # which have made γ g of their gradients
-        rate = 1.0
-    if config.optimizer is None:
-        return getattr(sasg_jax, method.maker)(rate, **top, **rule, **parts)
+    local = config.local_steps > 1  # which have made γ g of their gradients
+    if optimizer is None or local:
+        rate, momentum = config.outer_rate or 1.0, config.outer_momentum
+        if local and momentum:
+            after = optax.sgd(rate, momentum=momentum, nesterov=True)
+        else:
+            rate = rate if local else _learning_rate(config)
+            return getattr(sasg_jax, method.maker)(rate, **top, **rule, **parts)
+    else:
+        after = _optimizer(config, optimizer)
     compressor = sasg_jax.top_k(**top) if method.sparse else sasg_jax.identity()
     aggregate = sasg_jax.aggregate(compressor, getattr(sasg_jax, method.rule)(**rule), **parts)
-    momentum = lambda rate: optax.sgd(rate, momentum=0.9)
-    after = {"sgd": optax.sgd, "momentum": momentum, "adamw": optax.adamw}
-    return sasg_jax.pipeline(aggregate, after[config.optimizer](rate))
+    return sasg_jax.pipeline(aggregate, after)

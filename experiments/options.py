@@ -11,7 +11,6 @@ from experiments.configs import CONFIGS
 from experiments.methods import (
     EXCHANGES,
     OPTIMIZERS,
-    PAPER_METHODS,
     DownRuleName,
     ExchangeName,
     MethodName,
@@ -49,10 +48,13 @@ class Options:
     config: tyro.conf.Positional[ConfigName]
     """The experiment: which data, model and settings. `digits` needs no download and a minute;
     `mnist_fc` is the paper's setting for MNIST (784-512-10); the ResNet18 ones want a GPU, but for
-    the narrow ones."""
+    the narrow ones. `stdlib_lm` is a transformer on the sources of Python's own library, which is
+    on every machine, in an hour a method, or `stdlib_lm_smoke` in a minute."""
     iterations: Annotated[int | None, optional("INT")] = None
     """Training rounds."""
-    gradients: Annotated[int | None, optional("INT", "as --iterations has it")] = None
+    gradients: Annotated[
+        int | None, optional("INT", "as --iterations has it; the configuration's for stdlib_lm")
+    ] = None
     """Gradients of a worker, in place of --iterations: of several in a round, fewer rounds."""
     evaluate_every: Annotated[int | None, optional("INT")] = None
     """Rounds between two evaluations on the test set."""
@@ -63,20 +65,24 @@ class Options:
     dataset: Annotated[str | None, optional("NAME")] = None
     """`digits` or the name of an image classification set of tensorflow-datasets; several joined by
     `+` (`cifar10+mnist`) go to the workers in turn."""
-    partition: Annotated[Literal["iid", "dirichlet"] | None, optional("iid|dirichlet")] = None
-    """How training images are dealt to workers: evenly at random, or with skewed labels."""
+    partition: Annotated[
+        Literal["iid", "dirichlet", "package"] | None, optional("iid|dirichlet|package")
+    ] = None
+    """How training examples are dealt to workers: evenly at random; images with skewed labels; text
+    with a top-level package for each worker."""
     concentration: Annotated[float | None, optional("FLOAT")] = None
     """Of the Dirichlet distribution of labels over workers; smaller is more skewed."""
     width: Annotated[int | None, optional("INT")] = None
-    """Hidden units of the fully connected network, or channels of the ResNet18's first stage (64 in
-    the paper; 8 is small enough for a CPU)."""
+    """Hidden units of the fully connected network, channels of the ResNet18's first stage (64 in
+    the paper; 8 is small enough for a CPU), or of the transformer, a multiple of 32."""
     target: Annotated[float | None, optional("FLOAT")] = None
-    """The test accuracy that is to be reached, in (0, 1]."""
+    """The test accuracy that is to be reached, in (0, 1], or the bits per byte."""
     optimizer: Annotated[
         OptimizerName | None,
         optional("|".join(OPTIMIZERS), "SGD with the learning rate inside the compressor"),
     ] = None
-    """What steps with the mean of the workers' messages, which are then of gradients alone."""
+    """What steps with the mean of the workers' messages, which are then of gradients alone. With
+    --local-steps see --inner."""
     data_dir: Annotated[pathlib.Path | None, optional("DIR", "~/tensorflow_datasets")] = None
     """Where tensorflow-datasets keeps prepared data."""
     archives: Annotated[pathlib.Path | None, optional("DIR", "download them")] = None
@@ -132,7 +138,9 @@ class Compare(Options):
     folder for each run, curves.png, and best.json where methods were tuned.
     """
 
-    methods: tuple[MethodName, ...] = PAPER_METHODS
+    methods: Annotated[
+        tuple[MethodName, ...], optional("[NAME ...]", "sgd sparse lasg sasg, or the text's")
+    ] = ()
     """Which methods to train."""
     seeds: tuple[int, ...] = (1,)
     """One run of every method for each seed."""
@@ -146,7 +154,13 @@ class Compare(Options):
     alpha_c: Annotated[tuple[float, ...], optional("[FLOAT ...]", "the configuration's")] = ()
     """c of α = c·M/γ, of the paper's rule (6): lasg, sasg."""
     local_steps: Annotated[tuple[int, ...], optional("[INT ...]", "1")] = ()
-    """Steps of each worker's own SGD in a round, after which it sends how far they led."""
+    """Steps of each worker's own in a round, after which it sends how far they led."""
+    inner: Annotated[tuple[OptimizerName, ...], optional("[NAME ...]", "sgd, adamw for text")] = ()
+    """With what it makes them: sgd, momentum, adamw or muon, whose state stays with it."""
+    outer_rate: Annotated[tuple[float, ...], optional("[FLOAT ...]", "the method's")] = ()
+    """Of the step with the mean of how far they led."""
+    outer_momentum: Annotated[tuple[float, ...], optional("[FLOAT ...]", "the method's")] = ()
+    """Of that step, as Nesterov has it; 0 is none."""
     density: Annotated[tuple[float, ...], optional("[FLOAT ...]", "0.01")] = ()
     """Part of the entries that the sparse methods send, in (0, 1]."""
     down_density: Annotated[tuple[float, ...], optional("[FLOAT ...]", "that up")] = ()
@@ -190,7 +204,13 @@ class Run(Options):
     alpha_c: Annotated[float | None, optional("FLOAT", "the configuration's")] = None
     """c of α = c·M/γ, of the paper's rule (6): lasg, sasg."""
     local_steps: Annotated[int | None, optional("INT", "1")] = None
-    """Steps of each worker's own SGD in a round, after which it sends how far they led."""
+    """Steps of each worker's own in a round, after which it sends how far they led."""
+    inner: Annotated[OptimizerName | None, optional("NAME", "sgd, adamw for text")] = None
+    """With what it makes them: sgd, momentum, adamw or muon, whose state stays with it."""
+    outer_rate: Annotated[float | None, optional("FLOAT", "the method's")] = None
+    """Of the step with the mean of how far they led."""
+    outer_momentum: Annotated[float | None, optional("FLOAT", "the method's")] = None
+    """Of that step, as Nesterov has it; 0 is none."""
     density: Annotated[float | None, optional("FLOAT", "0.01")] = None
     """Part of the entries that the sparse methods send, in (0, 1]."""
     down_density: Annotated[float | None, optional("FLOAT", "that up")] = None

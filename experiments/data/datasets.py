@@ -28,6 +28,21 @@ class Dataset:
     test_source: np.ndarray | None = None
     """Of a combination, the set that each test example is of. shape=(N_test,), dtype=int32"""
 
+    @property
+    def train(self) -> tuple[np.ndarray, ...]:
+        """The arrays whose leading axis is over training examples."""
+        return self.train_images, self.train_labels
+
+    @property
+    def test(self) -> tuple[np.ndarray, ...]:
+        """Those whose leading axis is over test examples."""
+        return self.test_images, self.test_labels
+
+    @property
+    def test_weight(self) -> int:
+        """What a sum over all test examples is divided by: their number."""
+        return len(self.test_labels)
+
 
 def load(
     name: str,

@@ -13,6 +13,7 @@ import matplotlib.ticker
 import numpy as np
 
 from experiments.methods import METHODS
+from experiments.metrics import ACCURACY, Metric, metric_of
 from experiments.report.tables import format_bytes
 from experiments.training.records import RunFiles
 
@@ -26,7 +27,7 @@ _THOUSANDS = matplotlib.ticker.StrMethodFormatter("{x:,.0f}")
 
 
 def plot_curves(runs: Sequence[RunFiles], path: pathlib.Path, title: str) -> None:
-    """Draws the curves of ``runs``: test accuracy and training loss, against uploads, against
+    """Draws the curves of ``runs``: how well they do and training loss, against uploads, against
     bytes up, and against bytes both ways. One line for each seed, one colour for each method.
     """
     columns = {
@@ -34,8 +35,9 @@ def plot_curves(runs: Sequence[RunFiles], path: pathlib.Path, title: str) -> Non
         "uplink bytes": ("uplink_bytes",),
         "uplink + downlink bytes": ("uplink_bytes", "downlink_bytes"),
     }
-    rows = {"test accuracy": "test_accuracy", "training loss": "train_loss"}
     done = [(files.about(), files.curve()) for files in runs]
+    metric = metric_of(done[0][0]["config"])
+    rows = {metric.label: metric.key, "training loss": "train_loss"}
     done.sort(key=lambda run: list(METHODS).index(run[0]["method"]))
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), sharey="row", layout="constrained")
     for row, (y_label, key) in enumerate(rows.items()):
@@ -55,12 +57,12 @@ def plot_curves(runs: Sequence[RunFiles], path: pathlib.Path, title: str) -> Non
             axis.set_xscale("log" if column else "linear")
             if row == 1:
                 axis.set_xlabel(x_label)
-    target = done[0][0]["config"]["target_accuracy"]
-    accuracies = [point["test_accuracy"] for _, curve in done for point in curve]
+    target = done[0][0]["config"][metric.target]
+    reached = [point[metric.key] for _, curve in done for point in curve]
     for axis in axes[0]:
-        axis.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
-        lowest, highest = _lowest_accuracy(accuracies, target), max(*accuracies, target)
-        axis.set_ylim(lowest, min(1.0, highest + 0.05 * (highest - lowest) + 1e-3))
+        if target is not None:
+            axis.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
+        axis.set_ylim(_range(metric, reached, target))
     for axis in axes[1]:
         axis.set_yscale("log")
     lines, labels = axes[0, 0].get_legend_handles_labels()
@@ -250,6 +252,17 @@ def _bars(
     axis.set(xscale="log", xlim=(min(values) / 2, max(values) * room))
     axis.grid(axis="x", alpha=0.25)
     return bars
+
+
+def _range(metric: Metric, values: Sequence[float], target: float | None) -> tuple[float, float]:
+    """The ends of an axis."""
+    best = min(values if target is None else [*values, target], key=metric.cost)
+    if metric is ACCURACY:
+        assert target is not None
+        lowest = _lowest_accuracy(values, target)
+        return lowest, min(1.0, best + 0.05 * (best - lowest) + 1e-3)
+    worst = float(np.quantile(values, 0.9))
+    return best - 0.05 * (worst - best), worst
 
 
 def _lowest_accuracy(accuracies: Sequence[float], target: float) -> float:

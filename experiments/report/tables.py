@@ -8,51 +8,51 @@ import rich.box
 from rich.table import Table
 
 from experiments.methods import METHODS, describe_setting
+from experiments.metrics import ACCURACY, metric_of
 
 
 def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
-    """Like the paper's Table II, with bytes beside its bits: means over seeds.
+    """Like the paper's Table II, with bytes beside its bits: means over seeds. Of a text with a
+    worker's gradients in place of these, and where there is no target, what it took in all.
 
     The caption says of a method that did not reach the target with every seed with how many.
     """
-    target = records[0]["target_accuracy"]
+    metric, first = metric_of(records[0]), records[0]
+    target = first[metric.target]
+    end = "" if target is None else "_at_target"
+    goal = "in the end" if target is None else f"to reach {metric.describe_target(target)}"
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
+    measured = "Accuracy" if metric is ACCURACY else "Bits/byte"
+    columns = _COUNTED if metric is ACCURACY else _COUNTED_OF_TEXT
     table = numbers_table(
-        f"{describe(records[0])}: what it took to reach {target:.0%} test accuracy, at one rate",
+        f"{describe(first)}: what it took {goal}, at one rate",
         ("Method",),
-        ("Rounds", "Uploads", "Paper bits", "Uplink", "Both ways", "Accuracy", "ms/round"),
+        (*columns, measured, "ms/round"),
     )
     notes = [
         f"Means over seeds {seeds}." if "," in seeds else f"Seed {seeds}.",
-        "Paper bits: 32 for each value sent up, without indices. Uplink: values, indices and "
-        "flags. Both ways: uplink and downlink. Accuracy: at the end of training.",
+        *(_NOTES[column] for column in columns if column in _NOTES),
+        f"{measured}: at the end of training.",
     ]
 
-    def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:
-        return float(np.mean([sum(row[key] for key in keys) for row in rows]))
+    def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
+        return float(np.mean([row[key] for row in rows]))
 
     for name, method in METHODS.items():
         runs = [record for record in records if record["method"] == name]
         if not runs:
             continue
-        reached = [run for run in runs if run["uploads_at_target"] is not None]
-        cells = ["not reached"] + [""] * 4
+        reached = [run for run in runs if run[f"uploads{end}"] is not None]
+        cells = ["not reached"] + [""] * (len(columns) - 1)
         if reached:
-            both_ways = mean(reached, "uplink_bytes_at_target", "downlink_bytes_at_target")
-            cells = [
-                f"{mean(reached, 'iterations_at_target'):,.0f}",
-                f"{mean(reached, 'uploads_at_target'):,.0f}",
-                f"{mean(reached, 'paper_uplink_bits_at_target'):.2e}",
-                format_bytes(mean(reached, "uplink_bytes_at_target")),
-                format_bytes(both_ways),
-            ]
+            cells = [show(mean(reached, f"{key}{end}")) for key, show in columns.values()]
         if 0 < len(reached) < len(runs):
             notes.append(
                 f"{method.label}: {len(reached)} of {len(runs)} seeds reached the target; the "
                 "means are over these."
             )
-        accuracy, time = mean(runs, "final_test_accuracy"), mean(runs, "ms_per_iteration")
-        table.add_row(method.label, *cells, f"{accuracy:.2%}", f"{time:.2f}")
+        score, time = mean(runs, metric.final), mean(runs, "ms_per_iteration")
+        table.add_row(method.label, *cells, metric.show(score), f"{time:.2f}")
     table.caption = " ".join(notes)
     return table
 
@@ -60,16 +60,17 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
 def tuned_table(tuned: dict[str, Any]) -> Table:
     """What each method took at its best, as ``best.json`` has it: means over the reported seeds,
     uploads with their standard deviation."""
-    seeds, target = tuned["reported_seeds"], tuned["target_accuracy"]
+    seeds, metric = tuned["reported_seeds"], metric_of(tuned)
+    measured, key = ("Accuracy", "accuracy") if metric is ACCURACY else ("Bits/byte", metric.key)
     table = numbers_table(
-        f"{tuned['config']}: to {target:.0%} test accuracy, each at its best",
+        f"{tuned['config']}: to {metric.describe_target(tuned[metric.target])}, each at its best",
         ("Method",),
-        ("Rounds", "Uploads", "Gradients", "Both ways", "Accuracy"),
+        ("Rounds", "Uploads", "Gradients", "Both ways", measured),
     )
     notes = [
         f"Best: fewest {tuned['picked_by']} with seed {tuned['picked_with_seed']}. Means over "
         f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}. Gradients: of each "
-        "worker, at most. Accuracy: at the end of training.",
+        f"worker, at most. {measured}: at the end of training.",
     ]
     for name, found in tuned["methods"].items():
         label, runs = METHODS[name].label, found["runs"]
@@ -85,9 +86,9 @@ def tuned_table(tuned: dict[str, Any]) -> Table:
                 f"{mean('gradients_per_worker_at_target'):,.0f}",
                 format_bytes(mean("uplink_bytes_at_target", "downlink_bytes_at_target")),
             ]
-        ended = [run["accuracy"] for run in runs if "accuracy" in run]
-        accuracy = f"{np.mean(ended):.2%}" if ended else "diverged"
-        table.add_row(label, *cells, accuracy)
+        ended = [run[key] for run in runs if key in run]
+        score = metric.show(float(np.mean(ended))) if ended else "diverged"
+        table.add_row(label, *cells, score)
         own = ", ".join(describe_setting(*setting) for setting in found["best"].items())
         tried = len(found["tried"])
         notes.append(f"{label}: {own}{f', of {tried} settings' if tried > 1 else ''}.")
@@ -107,6 +108,9 @@ def numbers_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> T
     return table
 
 
+_whole = "{:,.0f}".format
+
+
 def describe(record: dict[str, Any]) -> str:
     """Names a run's experiment, and its data where that is not the experiment's own name."""
     config, dataset = record["config"], record["dataset"]
@@ -120,6 +124,30 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
+
+
+_COUNTED = {
+    "Rounds": ("iterations", _whole),
+    "Uploads": ("uploads", _whole),
+    "Paper bits": ("paper_uplink_bits", "{:.2e}".format),
+    "Uplink": ("uplink_bytes", format_bytes),
+    "Both ways": ("two_way_bytes", format_bytes),
+}
+"""Columns of :func:`comparison_table`: of a record, and how they are shown."""
+
+_COUNTED_OF_TEXT = {
+    "Rounds": ("iterations", _whole),
+    "Gradients": ("gradients_per_worker", _whole),
+    "Uploads": ("uploads", _whole),
+    "Uplink": ("uplink_bytes", format_bytes),
+    "Both ways": ("two_way_bytes", format_bytes),
+}
+_NOTES = {
+    "Gradients": "Gradients: of each worker, at most.",
+    "Paper bits": "Paper bits: 32 for each value sent up, without indices.",
+    "Uplink": "Uplink: values, indices and flags.",
+    "Both ways": "Both ways: uplink and downlink.",
+}
 
 
 def format_seconds(seconds: float) -> str:

@@ -14,7 +14,7 @@ from experiments.report.findings import Spread
 from experiments.report.page import Figure, Panel, Section, Table, number, text, words
 from experiments.training.records import read_json
 
-_FIELDS = "config target_accuracy picked_by picked_with_seed reported_seeds methods command"
+_FIELDS = "config picked_by picked_with_seed reported_seeds methods command"
 UP, DOWN = "uplink_bytes", "downlink_bytes"
 
 

@@ -13,10 +13,11 @@ from experiments.processes.cluster import Group
 PyTree = Any
 
 
-def check_same_data(group: Group, dataset: data.Dataset) -> None:
+def check_same_data(group: Group, dataset: data.Dataset | data.Text) -> None:
     """Raises ClusterError unless all processes hold the same data."""
-    labels = hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
-    mine = [dataset.name, *dataset.train_images.shape, *dataset.test_images.shape, labels]
+    train, test = dataset.train, dataset.test
+    last = hashlib.sha256(train[-1].tobytes()).hexdigest()  # labels, where there are any
+    mine = [dataset.name, *train[0].shape, *test[0].shape, last]
     everyone = group.gather(mine)
     different = [index for index, other in enumerate(everyone) if other != everyone[0]]
     if different:

@@ -16,6 +16,7 @@ from experiments import data
 from experiments.configs import CONFIGS, Config
 from experiments.errors import resumable
 from experiments.methods import METHODS, make_optimizer
+from experiments.metrics import metric_of
 from experiments.options import Compare, Options, Run
 from experiments.processes import cluster
 from experiments.report.figures import plot_curves, plot_tried
@@ -28,9 +29,9 @@ from experiments.training.train import partition
 _LEAST = {"iterations": 1, "num_workers": 1, "width": 1, "batch_size": 1, "period": 1}
 _LEAST |= {"evaluate_every": 1, "local_steps": 1, "gradients": 1, "down_period": 1}
 _LEAST |= {"seed": 0, "seeds": 0, "checkpoint_seconds": 0, "num_processes": 1}
-_LEAST |= {"max_staleness": 1, "theta": 0, "alpha_c": 0}
-_FRACTIONS = "density down_density residual_decay target".split()
-_POSITIVE = [*_FRACTIONS, *"concentration connect_timeout learning_rate learning_rates".split()]
+_LEAST |= {"max_staleness": 1, "theta": 0, "alpha_c": 0, "outer_momentum": 0}
+_FRACTIONS = "density down_density residual_decay".split()
+_POSITIVE = "target concentration connect_timeout learning_rate learning_rates outer_rate".split()
 
 # What may differ between the processes of a run.
 _OWN = (
@@ -70,7 +71,7 @@ def check(options: Options, devices: int | None = None) -> None:
             takers = ", ".join(name for name, row in METHODS.items() if axis in row.settings)
             raise ValueError(f"Expected --{name.replace('_', '-')} only with one of {takers}.")
     for method in methods:
-        for tuned in grid.candidates(config, method, axes, options.gradients):
+        for tuned in grid.candidates(config, method, axes, _gradients(options, config)):
             make_optimizer(tuned, method)  # refuses an exchange that it cannot take
 
 
@@ -84,21 +85,27 @@ def configure(options: Options, devices: int | None = None) -> Config:
         for value in np.ravel(given.get(name, ())):
             if not value >= least:
                 raise ValueError(f"Expected {_option(name, value)} to be at least {least}.")
-    for name in _POSITIVE:
+    base = CONFIGS[options.config]
+    metric = metric_of(base)
+    fractions = [*_FRACTIONS, *["target"] * metric.percent]
+    for name in (*_FRACTIONS, *_POSITIVE):
         for value in np.ravel(given.get(name, ())):
             if not 0 < value < np.inf:
                 raise ValueError(f"Expected {_option(name, value)} to be above 0 and finite.")
-            if name in _FRACTIONS and value > 1:
+            if name in fractions and value > 1:
                 raise ValueError(f"Expected {_option(name, value)} to be at most 1.")
+    for value in np.ravel(given.get("outer_momentum", ())):
+        if value >= 1:
+            raise ValueError(f"Expected {_option('outer_momentum', value)} to be below 1.")
     if devices is not None and given.setdefault("num_workers", devices) != devices:
         raise ValueError(
             f"Expected {_option('num_workers', given['num_workers'])} to be the number of devices "
             f"of all processes, {devices}, or not to be given: each has one worker."
         )
-    given["target_accuracy"] = given.pop("target", CONFIGS[options.config].target_accuracy)
-    fields = {field.name for field in dataclasses.fields(Config)} - set(grid.AXES)
+    given[metric.target] = given.pop("target", getattr(base, metric.target))
+    fields = {field.name for field in dataclasses.fields(Config)} - {*grid.AXES, "methods"}
     changes = {name: value for name, value in given.items() if name in fields}
-    config = dataclasses.replace(CONFIGS[options.config], **changes)
+    config = dataclasses.replace(base, **changes)
     for axis, values in grid.given(options).items():
         if len(values) == 1:
             config = grid.with_setting(config, axis, values[0])
@@ -106,9 +113,29 @@ def configure(options: Options, devices: int | None = None) -> Config:
         raise ValueError("Expected --partition=iid with several data sets: each has its workers.")
     if options.gradients is not None and options.iterations is not None:
         raise ValueError("Expected --gradients or --iterations, not both.")
-    if config.optimizer and max(grid.given(options).get("local_steps", [1])) > 1:
-        raise ValueError("Expected --local-steps without --optimizer: they are steps of SGD.")
+    if options.optimizer and max(grid.given(options).get("local_steps", [1])) > 1:
+        raise ValueError("Expected --local-steps with --inner, not --optimizer: they are its.")
+    _check_kind(config)
     return config
+
+
+def _check_kind(config: Config) -> None:
+    """Raises ValueError where text is treated like images, or the other way round."""
+    is_text = config.model == "transformer"
+    if is_text != (config.dataset == "stdlib"):
+        kind = "'stdlib'" if is_text else "of images"
+        raise ValueError(f"Expected {_option('dataset', config.dataset)} to be {kind}.")
+    if config.partition == ("dirichlet" if is_text else "package"):
+        allowed = "iid or package for text" if is_text else "iid or dirichlet for images"
+        raise ValueError(f"Expected {_option('partition', config.partition)} to be {allowed}.")
+    if is_text and config.width % 32:
+        raise ValueError(f"Expected {_option('width', config.width)} to be a multiple of 32.")
+
+
+def _gradients(options: Options, config: Config) -> int | None:
+    """Of a worker, where that is what methods are compared at."""
+    by_gradients = config.by_gradients and options.iterations is None
+    return config.iterations if by_gradients and not options.gradients else options.gradients
 
 
 def _option(name: str, value: Any) -> str:
@@ -146,7 +173,7 @@ def _purpose(options: Options) -> str:
 
 def _methods_and_seeds(options: Options) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if isinstance(options, Compare):
-        return options.methods, options.seeds
+        return options.methods or CONFIGS[options.config].methods, options.seeds
     assert isinstance(options, Run)
     return (options.method,), (options.seed,)
 
@@ -188,7 +215,7 @@ def _train(options: Options, group: cluster.Group | None, arguments: Sequence[st
                 shown = shown or [pick.tried[pick.place] for pick in picks]
             else:
                 picks = []
-                made = {m: grid.of_method(config, m, options.gradients) for m in methods}
+                made = {m: grid.of_method(config, m, _gradients(options, config)) for m in methods}
                 shown = [runs.Run(made[m], m, seed) for seed in seeds for m in methods]
             for run in shown:
                 perform(run)
@@ -217,7 +244,7 @@ def _title(store: Store, picks: Sequence[grid.Pick]) -> str:
 def _pick(config, method, axes, options, store, perform) -> grid.Pick:
     """The best setting of a method, by runs with the first seed that end at the target. One that
     diverges is not the best."""
-    configs = grid.candidates(config, method, axes, options.gradients)
+    configs = grid.candidates(config, method, axes, _gradients(options, config))
     seed, others = options.seeds[0], options.seeds[1:]
     tried = [runs.Run(dataclasses.replace(c, until_target=True), method, seed) for c in configs]
     if len(tried) == 1 and others:
@@ -233,7 +260,11 @@ def _load(options: Options, config: Config, group: cluster.Group | None):
     """The data, which process 0 may have to prepare for all."""
     if group is not None and not group.is_main:
         group.gather()
-    loaded = data.load_named(config.dataset, options.data_dir, options.archives)
+    if config.dataset == "stdlib":
+        packages = config.num_workers if config.partition == "package" else None
+        loaded = data.load_stdlib(config.context, packages)
+    else:
+        loaded = data.load_named(config.dataset, options.data_dir, options.archives)
     if group is not None and group.is_main:
         group.gather()
     return loaded

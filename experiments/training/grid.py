@@ -11,13 +11,14 @@ import numpy as np
 
 from experiments.configs import Config
 from experiments.methods import METHODS
+from experiments.metrics import ACCURACY, metric_of
 from experiments.options import Compare, Options
 from experiments.training.records import Store, read_json
 from experiments.training.runs import Run
 
 AXES = (
-    "learning_rate alpha_c local_steps density down_density down_period down_rule scope "
-    "values indices residual_decay "
+    "learning_rate alpha_c local_steps inner outer_rate outer_momentum "
+    "density down_density down_period down_rule scope values indices residual_decay "
     "batch_size period theta max_staleness silence"
 ).split()
 """Fields of a configuration that can have several values in a comparison."""
@@ -67,7 +68,8 @@ def of_method(config: Config, method: str, gradients: int | None) -> Config:
         return config
     each = METHODS[method].gradients(config.local_steps)
     rounds = {"iterations": int(gradients / each)}
-    rounds["evaluate_every"] = max(1, round(config.evaluate_every / each))
+    for name in ("evaluate_every", "rounds_per_call"):
+        rounds[name] = max(1, round(getattr(config, name) / each))
     if not rounds["iterations"]:
         raise ValueError(f"Expected --gradients={gradients} to be enough for a round, {each:g}.")
     return dataclasses.replace(config, **rounds)
@@ -110,7 +112,8 @@ def best(records: Sequence[Mapping[str, Any] | None], by: str) -> int:
         if record is None:
             return np.inf, 0.0
         if record["uploads_at_target"] is None:
-            return np.inf, -record["final_test_accuracy"]
+            metric = metric_of(record)
+            return np.inf, metric.cost(record[metric.final])
         return sum(record[f"{key}_at_target"] for key in MEASURES[by]), 0.0
 
     return min(range(len(records)), key=lambda place: cost(records[place]))
@@ -140,7 +143,7 @@ def report(
     config = picks[0].tried[0].config
     return {
         "config": config.name,
-        "target_accuracy": config.target_accuracy,
+        (metric := metric_of(config)).target: getattr(config, metric.target),
         "picked_by": options.pick,
         "picked_with_seed": tried_seed,
         "reported_seeds": list(options.seeds[1:] or options.seeds),
@@ -167,4 +170,6 @@ def _outcome(run: Run, store: Store) -> dict[str, Any]:
     if record is None:
         return {"seed": run.seed, "diverged": True}
     taken = {f"{key}_at_target": record[f"{key}_at_target"] for key in OUTCOME}
-    return {"seed": run.seed, **taken, "accuracy": record["final_test_accuracy"]}
+    metric = metric_of(record)
+    name = "accuracy" if metric is ACCURACY else metric.key
+    return {"seed": run.seed, **taken, name: record[metric.final]}

@@ -13,16 +13,16 @@ from experiments.configs import Config
 
 
 def partition(
-    config: Config, dataset: data.Dataset, source: np.ndarray | None, seed: int
+    config: Config, dataset: data.Dataset | data.Text, source: np.ndarray | None, seed: int
 ) -> list[np.ndarray]:
     """The training examples of every worker, as indices."""
     if source is not None:
         return data.by_source(source, config.num_workers, seed)
-    if config.partition == "dirichlet":
+    if config.partition == "dirichlet" and isinstance(dataset, data.Dataset):
         return data.dirichlet_label_skew(
             dataset.train_labels, config.num_workers, config.concentration, seed
         )
-    return data.iid_shards(len(dataset.train_labels), config.num_workers, seed)
+    return data.iid_shards(len(dataset.train[0]), config.num_workers, seed)
 
 
 def stack_workers(

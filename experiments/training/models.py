@@ -1,4 +1,4 @@
-"""The paper's models in flax, initialised as PyTorch initialises them.
+"""Models in flax: the paper's, initialised as PyTorch initialises them, and a transformer.
 
 The numbers of rounds in the paper's tables depend on the initial scale: PyTorch draws weights and
 biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
@@ -135,7 +135,56 @@ class ResNet18(nn.Module):
         return _dense(self.num_classes, x.shape[-1])(x)
 
 
+class Transformer(nn.Module):
+    """A language model of bytes: pre-norm, rotary positions, tied embeddings, no biases.
+
+    With a width of 128 and 4 layers it has 820,352 parameters.
+    """
+
+    width: int = 128
+    layers: int = 4
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits of the byte after each. ``# shape=(batch, length, 256)``"""
+        norm = functools.partial(nn.RMSNorm, epsilon=1e-6)
+        embed = nn.Embed(256, self.width, embedding_init=nn.initializers.normal(0.02))
+        x = embed(tokens)
+        for _ in range(self.layers):
+            x = x + _attention(norm()(x), self.layers)
+            hidden = _linear(4 * self.width)(norm()(x))
+            x = x + _linear(self.width, 2 * self.layers)(jnp.square(nn.relu(hidden)))
+        return embed.attend(norm()(x))
+
+
+_HEAD = 32  # entries of a head
+
+
+def _attention(x: jax.Array, layers: int) -> jax.Array:
+    """Causal self-attention, in the module that calls it."""
+    batch, length, width = x.shape
+    heads = batch, length, width // _HEAD, _HEAD
+    q, k, v = (part.reshape(heads) for part in jnp.split(_linear(3 * width)(x), 3, -1))
+    mixed = jax.nn.dot_product_attention(_rotate(q), _rotate(k), v, is_causal=True)
+    return _linear(width, 2 * layers)(mixed.reshape(x.shape))
+
+
+def _linear(features: int, parts: int = 1) -> nn.Dense:
+    """Without bias, of variance 1 / fan_in; less for one of so many ``parts`` of a sum."""
+    init = nn.initializers.variance_scaling(1 / parts, "fan_in", "normal")
+    return nn.Dense(features, use_bias=False, kernel_init=init)
+
+
+def _rotate(x: jax.Array) -> jax.Array:
+    """Rotary positions. ``# shape=(batch, length, heads, entries)``"""
+    half = x.shape[-1] // 2
+    angles = jnp.arange(x.shape[1])[:, None] * 1e4 ** (-jnp.arange(half) / half)
+    cos, sin = (fn(angles)[:, None].astype(x.dtype) for fn in (jnp.cos, jnp.sin))
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 def make_model(config: Config, num_classes: int) -> nn.Module:
-    """The model that ``config`` names."""
+    """The model of images that ``config`` names."""
     models: dict[str, Any] = {"mlp": MLP, "resnet18": ResNet18}
     return models[config.model](num_classes, config.width)

@@ -18,6 +18,7 @@ import filelock
 import jax
 
 from experiments.methods import METHODS
+from experiments.metrics import ACCURACY, Metric, metric_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Record:
     num_parameters: int
     iterations: int
     uploads: int
-    final_test_accuracy: float
     final_train_loss: float
     """Mean over workers and over the rounds since the last but one evaluation."""
     paper_uplink_bits: int
@@ -48,6 +48,8 @@ class Record:
     """Of the final parameters: equal for runs that ended in the same ones, bit for bit."""
     compute_seconds: float  # training alone: without compilation and evaluation
     ms_per_iteration: float  # median
+    final_test_accuracy: float | None = None
+    final_bits_per_byte: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +63,32 @@ class Point:
     downlink_bytes: int
     dense_bytes: int
     """What would have crossed, both ways, with everything sent whole after every gradient."""
-    test_accuracy: float
     train_loss: float
     upload_fraction: float  # of the workers, since the last evaluation
     mean_staleness: float
+    test_accuracy: float | None = None
+    bits_per_byte: float | None = None
 
 
-_FIELDS = {cls: [field.name for field in dataclasses.fields(cls)] for cls in (Record, Point)}
+_REQUIRED = {
+    cls: [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    for cls in (Record, Point)
+}
 
 
-def at_target(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
-    """What it took to reach a target accuracy: a question to a curve, whatever the run aimed at.
+def at_target(
+    curve: Sequence[Mapping[str, Any]], target: float | None, metric: Metric = ACCURACY
+) -> dict[str, Any]:
+    """What it took to reach a target: a question to a curve, whatever the run aimed at.
 
-    That is ``target_accuracy``, and ``iterations_at_target``, ``uploads_at_target`` and so on of
-    the first evaluation that reached it, each None where none did.
+    That is ``target_accuracy`` or ``bits_per_byte_target``, and ``iterations_at_target``,
+    ``uploads_at_target`` and so on of the first evaluation that reached it, each None where none
+    did.
     """
-    first = next((point for point in curve if point["test_accuracy"] >= target), {})
+    first = next((point for point in curve if metric.reaches(point[metric.key], target)), {})
     names = "uploads paper_uplink_bits uplink_bytes downlink_bytes".split()
     reached = {f"{name}_at_target": first.get(name) for name in names}
-    return {"target_accuracy": target, "iterations_at_target": first.get("iteration"), **reached}
+    return {metric.target: target, "iterations_at_target": first.get("iteration"), **reached}
 
 
 def derived(
@@ -88,7 +97,8 @@ def derived(
     """What follows from a record and its curve: :func:`at_target`, and in the end and there the
     bytes of both ways and a worker's gradients, at the most."""
     config = about["config"]
-    reached = at_target(curve, config["target_accuracy"])
+    metric = metric_of(config)
+    reached = at_target(curve, config[metric.target], metric)
     each = METHODS[about["method"]].gradients(config["local_steps"])
     for end in ("", "_at_target"):
         up, down, rounds = ({**record, **reached}[f"{name}{end}"] for name in _SUMMED)
@@ -249,13 +259,13 @@ class RunFiles:
         if not self.curve_path.exists():
             return []
         lines = self.curve_path.read_text().splitlines()
-        return [_checked(self.curve_path, line, _FIELDS[Point]) for line in lines]
+        return [_checked(self.curve_path, line, _REQUIRED[Point]) for line in lines]
 
     def record(self) -> dict[str, Any] | None:
         """The outcome; None while the run is not done."""
         if not self._record_path.exists():
             return None
-        return read_json(self._record_path, " ".join(_FIELDS[Record]))
+        return read_json(self._record_path, " ".join(_REQUIRED[Record]))
 
     def finish(self, record: Record) -> None:
         """Writes the outcome, with what reaching the target took, and removes what was only needed
@@ -319,6 +329,7 @@ def _without_effect(spec: Mapping[str, Any]) -> set[str]:
     unused = {name for method in METHODS.values() for name in method.settings} - {*row.settings}
     return {
         "config.target_accuracy",
+        "config.bits_per_byte_target",
         *(f"config.alpha_c.{name}" for name in others),
         *(f"config.{name}" for name in unused),
     }

@@ -12,8 +12,9 @@ import rich.console
 import rich.progress
 
 from experiments.configs import CONFIGS, Config
-from experiments.data.datasets import Dataset
+from experiments.data import Dataset, Text
 from experiments.methods import METHODS, describe_setting
+from experiments.metrics import metric_of
 from experiments.processes.cluster import Group
 from experiments.report.tables import format_seconds
 from experiments.training.agreement import digest
@@ -61,11 +62,9 @@ class Run:
         here = self.settings(names)
         return {name: here[name] for name in names if here[name] != standard[name]}
 
-    def spec(self, dataset: Dataset, group: Group | None) -> dict:
+    def spec(self, dataset: Dataset | Text, group: Group | None) -> dict:
         """What must be the same for a run that is gone on with."""
-        sha256 = digest(
-            [dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels]
-        )
+        sha256 = digest([*dataset.train, *dataset.test])
         return {
             "name": self.name,
             "config": {**dataclasses.asdict(self.config), "alpha_c": dict(self.config.alpha_c)},
@@ -112,9 +111,11 @@ class Reporter:
         """Prints a line of its own."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def follow(self, label: str, total: int, before: int) -> None:
-        """Begins to report on a run of ``total`` rounds, some of which were made before."""
+    def follow(self, run: Run, before: int) -> None:
+        """Begins to report on a run, of whose rounds some were made before."""
+        label, total = run.label, run.config.iterations
         self._label, self._total, self._before = label, total, before
+        self._metric = metric_of(run.config)
         self._bar = self._bars.add_task(label, total=total, completed=before, status="")
         self._began = self._said = time.monotonic()
         if before:
@@ -125,8 +126,9 @@ class Reporter:
 
     def on_point(self, point: Point) -> None:
         moved = point.uplink_bytes + point.downlink_bytes
+        metric = self._metric
         status = (
-            f"accuracy {point.test_accuracy:.2%}, {point.uploads:,} uploads, "
+            f"{metric.label} {metric.show(getattr(point, metric.key))}, {point.uploads:,} uploads, "
             f"1/{point.dense_bytes / moved:,.1f} of dense bytes both ways"
         )
         self._bars.update(self._bar, status=status)
@@ -142,7 +144,7 @@ class Reporter:
 def perform(
     run: Run,
     store: Store,
-    dataset: Dataset,
+    dataset: Dataset | Text,
     source: np.ndarray | None,
     *,
     arguments: Sequence[str],
@@ -186,7 +188,7 @@ def perform(
         final_params: Any = None
 
         def on_start(iteration: int) -> None:
-            reporter.follow(run.label, run.config.iterations, iteration)
+            reporter.follow(run, iteration)
             if is_main:
                 processes = {} if group is None else {"processes": group.names}
                 files.add_session({**session(arguments), **processes, "round": iteration})

@@ -1,27 +1,25 @@
 """One run: a method on a data set, simulated on one device or with a device for each worker."""
 
-import functools
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
 from experiments import data
 from experiments.configs import Config
-from experiments.methods import learning_rate, make_optimizer
+from experiments.methods import make_direction, make_optimizer
+from experiments.metrics import metric_of
 from experiments.processes.cluster import Group
 from experiments.training.agreement import check_replicas, check_same_data, digest
 from experiments.training.checkpoints import Checkpoints, Progress
-from experiments.training.inputs import augment, normaliser, pad, partition, stack_workers
-from experiments.training.models import make_model
+from experiments.training.inputs import pad, partition, stack_workers
 from experiments.training.records import Point, Record
+from experiments.training.tasks import make_task
 from sasg_jax.states import find_state
 
 PyTree = Any
@@ -34,7 +32,7 @@ def train(
     config: Config,
     method: str,
     seed: int,
-    dataset: data.Dataset,
+    dataset: data.Dataset | data.Text,
     *,
     source: np.ndarray | None = None,
     group: Group | None = None,
@@ -86,8 +84,7 @@ def train(
         if run.is_evaluated:
             point = run.evaluate(on_evaluation)
             on_point(point)
-        target = config.target_accuracy if config.until_target else np.inf
-        is_done = point is not None and point.test_accuracy >= target
+        is_done = config.until_target and point is not None and _is_at_target(point, config)
         if not is_done:  # or it would go on from there, past its end
             run.save(checkpoints)
         on_rounds(rounds)
@@ -95,6 +92,11 @@ def train(
             break
     assert point is not None  # the last round is always made, and evaluated
     return run.record(point)
+
+
+def _is_at_target(point: Point, config: Config) -> bool:
+    metric = metric_of(config)
+    return metric.reaches(getattr(point, metric.key), getattr(config, metric.target))
 
 
 class _Run:
@@ -105,7 +107,7 @@ class _Run:
         config: Config,
         method: str,
         seed: int,
-        dataset: data.Dataset,
+        dataset: data.Dataset | data.Text,
         source: np.ndarray | None,
         group: Group | None,
         one_by_one: bool | None,
@@ -114,8 +116,7 @@ class _Run:
         self.group = group
         self.shards = partition(config, dataset, source, seed)
         self.mesh = None if group is None else Mesh(np.asarray(jax.devices()), ("workers",))
-        self.normalise = normaliser(dataset.train_images)
-        self.model = make_model(config, dataset.num_classes)
+        self.task = make_task(config, dataset)
         if one_by_one is None:
             slow = config.model == "resnet18" and jax.default_backend() == "cpu"
             one_by_one = slow and group is None
@@ -124,27 +125,21 @@ class _Run:
         self.progress = Progress()
         if group is not None:
             check_same_data(group, dataset)
-        self.examples = tuple(map(self._of_workers, (dataset.train_images, dataset.train_labels)))
+        self.examples = tuple(map(self._of_workers, dataset.train))
         self._compiled: dict[int, Any] = {}  # by number of rounds, so that it is not timed
 
     def _begin(self, one_by_one: bool) -> sasg_jax.TrainState:
         """Makes the step, and the state before the first."""
         params_key, workers_key = jax.random.split(jax.random.key(self.seed))
-        first = self.normalise(self.dataset.train_images[:2])
-        variables = self.model.init(params_key, first, train=False)
-        params, model_state = variables["params"], variables.get("batch_stats", {})
+        params, model_state = self.task.init(params_key)
         self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.params_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self.has_model_state = bool(model_state)
         config, simulated = self.config, self.mesh is None
         has = {"has_model_state": self.has_model_state, "has_key": config.augment}
-        loss = self._one_by_one() if one_by_one else self._loss
-        direction = sasg_jax.gradient(loss, **has)
-        if config.local_steps > 1:
-            inner = optax.sgd(learning_rate(config))
-            direction = sasg_jax.local_steps(loss, inner, steps=config.local_steps, **has)
+        loss = self._one_by_one() if one_by_one else self.task.loss
         self.train_step = sasg_jax.make_train_step(
-            direction,
+            make_direction(config, self.method, loss, **has),
             make_optimizer(config, self.method, simulated=simulated),
             num_workers=config.num_workers,
             driver="vmap" if simulated else "shard_map",
@@ -154,21 +149,13 @@ class _Run:
         key = workers_key if config.augment else None
         return self.train_step.init(params, model_state, key)
 
-    def _loss(self, params: PyTree, batch: Any, *, model_state: Any = None, key: Any = None) -> Any:
-        images, labels = batch
-        images = self.normalise(augment(images, key) if self.config.augment else images)
-        variables = {"params": params, "batch_stats": model_state or {}}
-        logits, written = self.model.apply(variables, images, train=True, mutable=["batch_stats"])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return (loss, written["batch_stats"]) if self.has_model_state else loss
-
     def _one_by_one(self) -> Callable[..., Any]:
         """The loss, whose gradients a map over workers computes one after the other."""
         has_aux = self.has_model_state
 
         @jax.custom_batching.sequential_vmap
         def value_and_grad(params, batch, extra):
-            return jax.value_and_grad(self._loss, has_aux=has_aux)(params, batch, **extra)
+            return jax.value_and_grad(self.task.loss, has_aux=has_aux)(params, batch, **extra)
 
         @jax.custom_vjp
         def loss(params, batch, extra):
@@ -259,7 +246,7 @@ class _Run:
         recent = jax.tree.map(lambda *parts: np.concatenate(parts), *reports)
         reports.clear()
         on_evaluation(_local(self.state.params), recent)
-        accuracy = self._test_accuracy()
+        score = {metric_of(self.config).key: self._score()}
         return Point(
             iteration=iteration,
             uploads=self.ledger.uploads,
@@ -267,10 +254,10 @@ class _Run:
             uplink_bytes=self.ledger.uplink_bytes,
             downlink_bytes=self.ledger.downlink_bytes,
             dense_bytes=self._dense_bytes(iteration),
-            test_accuracy=accuracy,
             train_loss=float(recent.loss.mean()),
             upload_fraction=float(recent.uploaded.mean()),
             mean_staleness=float(recent.staleness.mean()),
+            **score,
         )
 
     def _dense_bytes(self, rounds: int) -> int:
@@ -278,22 +265,22 @@ class _Run:
         config = self.config
         return 2 * rounds * config.local_steps * config.num_workers * self.params_bytes
 
-    def _test_accuracy(self) -> float:
+    def _score(self) -> float:
         """Of the whole test set, of which each process takes a part."""
         if self.has_model_state:
             self.ledger.record_model_state(self.state.model_state)
-        group, correct = self.group, 0
+        group, total, task = self.group, 0.0, self.task
         mine = slice(None) if group is None else slice(group.index, None, group.count)
         by_source = _test_examples_by_source(self.dataset)
         params = _local(self.state.params)
         for source, examples in enumerate(by_source):
             statistics = self._statistics(slice(source, None, len(by_source)))
-            for chunk in np.array_split(examples, math.ceil(len(examples) / 1000))[mine]:
-                images, labels = self.dataset.test_images[chunk], self.dataset.test_labels[chunk]
-                correct += int(self._count_correct(params, statistics, images, labels))
+            for chunk in np.array_split(examples, math.ceil(len(examples) / task.chunk))[mine]:
+                arrays = [array[chunk] for array in self.dataset.test]
+                total += float(task.score(params, statistics, *arrays))
         if group is not None:
-            correct = sum(group.gather(correct))
-        return correct / len(self.dataset.test_labels)
+            total = sum(group.gather(total))
+        return total / self.dataset.test_weight
 
     def _statistics(self, workers: slice) -> PyTree:
         """Of BatchNorm, averaged over the workers that hold the like of a test set: an average
@@ -303,12 +290,6 @@ class _Run:
             mean = jax.jit(mean, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         of_workers = jax.tree.map(lambda x: x[workers], self.state.model_state)
         return _local(mean(of_workers)) if self.has_model_state else {}
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _count_correct(self, params, statistics, images, labels) -> jax.Array:
-        variables = {"params": params, "batch_stats": statistics}
-        logits: Any = self.model.apply(variables, self.normalise(images), train=False)
-        return jnp.sum(logits.argmax(-1) == labels)
 
     # --- Stopping and going on -------------------------------------------------------------------
 
@@ -343,7 +324,6 @@ class _Run:
             num_parameters=self.num_parameters,
             iterations=self.progress.iteration,
             uploads=ledger.uploads,
-            final_test_accuracy=point.test_accuracy,
             final_train_loss=point.train_loss,
             paper_uplink_bits=ledger.paper_uplink_bits,
             uplink_bytes=ledger.uplink_bytes,
@@ -352,6 +332,7 @@ class _Run:
             params_sha256=digest(_local(self.state.params)),
             compute_seconds=sum(seconds for _, seconds in taken),
             ms_per_iteration=1000 * float(np.median([time / rounds for rounds, time in taken])),
+            **{(metric := metric_of(self.config)).final: getattr(point, metric.key)},
         )
 
 
@@ -364,10 +345,10 @@ def chunk_size(config: Config) -> int | None:
     return max(size for size in sizes if config.num_workers % size == 0)
 
 
-def _test_examples_by_source(dataset: data.Dataset) -> list[np.ndarray]:
+def _test_examples_by_source(dataset: data.Dataset | data.Text) -> list[np.ndarray]:
     """The test examples of each data set in a combination, as indices; all where there is one."""
     if dataset.test_source is None:
-        return [np.arange(len(dataset.test_labels))]
+        return [np.arange(len(dataset.test[0]))]
     last = int(dataset.test_source.max())
     return [np.flatnonzero(dataset.test_source == source) for source in range(last + 1)]
 
