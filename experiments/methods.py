@@ -180,7 +180,7 @@ def _down_rule(config: Config) -> "sasg_jax.Rule":
     return sasg_jax.held_rate(1 / period, measuring)
 
 
-def _learning_rate(config: Config) -> "optax.ScalarOrSchedule":
+def learning_rate(config: Config) -> "optax.ScalarOrSchedule":
     """γ, as the configuration has it fall. It counts steps, of which a round may have several."""
     import optax
 
@@ -199,7 +199,7 @@ def _optimizer(config: Config, name: str) -> "optax.GradientTransformation":
     """One of :data:`OPTIMIZERS`, at the configuration's rate."""
     import optax
 
-    rate, decay = _learning_rate(config), config.weight_decay
+    rate, decay = learning_rate(config), config.weight_decay
     if name == "sgd":
         return optax.sgd(rate)
     if name == "momentum":
@@ -297,7 +297,7 @@ def make_optimizer(
         if local and momentum:
             after = optax.sgd(rate, momentum=momentum, nesterov=True)
         else:
-            rate = rate if local else _learning_rate(config)
+            rate = rate if local else learning_rate(config)
             return getattr(sasg_jax, method.maker)(rate, **top, **rule, **parts)
     else:
         after = _optimizer(config, optimizer)
