@@ -2,7 +2,8 @@
 
 A kit of parts for training across slow links, as optax gradient transformations: directions, upload
 rules, feedback, compressors, coders and exchanges, of which :func:`sasg_jax.compressed_sgd` and
-:func:`sasg_jax.aggregate` make a method. See :mod:`sasg_jax.algorithms` for the named ones.
+:func:`sasg_jax.aggregate` make a method. See :mod:`sasg_jax.algorithms` and
+:mod:`sasg_jax.local_algorithms` for the named ones.
 """
 
 import importlib.metadata
@@ -10,12 +11,28 @@ import importlib.metadata
 from sasg_jax import coders, exchanges
 from sasg_jax.algorithms import lasg, sasg, sasg_keep, sgd, sparse_sgd, turn_sgd
 from sasg_jax.coders import IndexCoder, ValueCoder
-from sasg_jax.compressors import Compressed, Compressor, MessageSize, identity, top_k
+from sasg_jax.compressors import (
+    Compressed,
+    Compressor,
+    MessageSize,
+    chunked_top_k,
+    identity,
+    top_k,
+)
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
 from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
 from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
 from sasg_jax.feedback import Feedback, Reconstruction, Residual, none, reconstruction, residual
 from sasg_jax.ledger import Ledger
+from sasg_jax.local_algorithms import (
+    LocalMethod,
+    LocalParts,
+    demo,
+    diloco,
+    local_sgd,
+    muloco,
+    sparse_loco,
+)
 from sasg_jax.method import Method, Parts, make_method
 from sasg_jax.rules import (
     Decision,
@@ -54,14 +71,16 @@ except importlib.metadata.PackageNotFoundError:  # run from a folder that was ne
 # fmt: off
 __all__ = [
     "AggregateState", "Compressed", "Compressor", "Decision", "Diagnostics", "Direction",
-    "Evaluation", "Exchange", "Feedback", "IndexCoder", "Ledger", "Links", "MessageSize", "Method",
-    "Needs", "Parts", "PipelineState", "Post", "Reconstruction", "Residual", "Round", "RoundInfo",
-    "Rule", "ServerState", "Traffic", "TrainState", "TrainStep", "Transformation", "ValueCoder",
-    "View", "WorkerState", "aggregate", "always", "coders", "compressed_sgd", "diagnostics",
+    "Evaluation", "Exchange", "Feedback", "IndexCoder", "Ledger", "Links", "LocalMethod",
+    "LocalParts", "MessageSize", "Method", "Needs", "Parts", "PipelineState", "Post",
+    "Reconstruction", "Residual", "Round", "RoundInfo", "Rule", "ServerState", "Traffic",
+    "TrainState", "TrainStep", "Transformation", "ValueCoder", "View", "WorkerState", "aggregate",
+    "always", "chunked_top_k", "coders", "compressed_sgd", "demo", "diagnostics", "diloco",
     "direction_change", "every", "exchanges", "gradient", "held_rate", "identity", "init_server",
-    "init_worker", "innovation", "lasg", "local_steps", "make_method", "make_train_step",
-    "mean_model_state", "message_share", "none", "on_devices", "on_mesh", "per_worker", "pipeline",
-    "reconstruction", "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep",
-    "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k",
-    "turn_sgd", "worker_axes", "worker_half", "worker_round", "worker_specs",
+    "init_worker", "innovation", "lasg", "local_sgd", "local_steps", "make_method",
+    "make_train_step", "mean_model_state", "message_share", "muloco", "none", "on_devices",
+    "on_mesh", "per_worker", "pipeline", "reconstruction", "released_alpha", "residual",
+    "residual_norm", "sasg", "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks",
+    "sparse_loco", "sparse_sgd", "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half",
+    "worker_round", "worker_specs",
 ]

@@ -64,13 +64,22 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-def check_learning_rate(value: Any) -> Any:
+def check_real(name: str, value: Any, *, minimum: float, below: float = float("inf")) -> float:
+    """``value`` as a float of at least ``minimum`` and below another number."""
+    _reject_traced(name, value)
+    ok = is_real(value) and minimum <= value < below
+    rest = "" if below == float("inf") else f" and below {below:g}"
+    require(ok, name, value, f"to be a number of at least {minimum:g}{rest}")
+    return float(value)
+
+
+def check_learning_rate(value: Any, name: str = "learning_rate") -> Any:
     """``value``, which must be a schedule, a scalar array, or a number in (0, 1e6]."""
     if callable(value) or (isinstance(value, jax.Array) and value.ndim == 0):
         return value
     ok = is_real(value) and 0 < value <= LARGEST_RATE
     allowed = f"to be a number above 0 and at most {LARGEST_RATE:g}, or an optax schedule"
-    require(ok, "learning_rate", value, allowed)
+    require(ok, name, value, allowed)
     return value
 
 

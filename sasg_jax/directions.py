@@ -32,6 +32,7 @@ class Direction:
     init: Callable[[PyTree], PyTree]
     evaluate: Callable[[PyTree, PyTree, PyTree, Any, PyTree], Evaluation]
     steps: int | None = None  # the leading axis of a worker's batch, where it has one of its own
+    accumulate: int | None = None  # the axis after that one, where there is one
     gradients: int = 1  # that a round takes
     has_aux: bool = False
     has_model_state: bool = False
@@ -59,28 +60,13 @@ def gradient(
       has_aux, has_model_state, has_key: what ``loss_fn`` returns and takes."""
     accumulate = check_int("accumulate", accumulate, minimum=1)
     has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
-    value_and_grad = _value_and_grad(loss_fn, **has)
+    value_and_grad = _mean_of(accumulate, _value_and_grad(loss_fn, **has))
 
-    def one(params, own, model_state, key, batch):
+    def evaluate(params, own, model_state, key, batch):
         (loss, (model_state, aux)), grads = value_and_grad(params, model_state, key, batch)
         return Evaluation(grads, own, model_state, loss, aux)
 
-    def several(params, own, model_state, key, batch):
-        def add(carried, step):
-            total, model_state = carried
-            number, part = step
-            made = one(params, own, model_state, _fold(key, number), part)
-            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, made.direction)
-            return (total, made.model_state), (made.loss, made.aux)
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
-        carried, parts = (zeros, model_state), (jnp.arange(accumulate), batch)
-        (total, model_state), (losses, aux) = jax.lax.scan(add, carried, parts)
-        mean = jax.tree.map(lambda t, p: (t / accumulate).astype(p.dtype), total, params)
-        return Evaluation(mean, own, model_state, losses.mean(), aux)
-
     how = {"steps": None if accumulate == 1 else accumulate, "gradients": accumulate, **has}
-    evaluate = one if accumulate == 1 else several
     return Direction(init=lambda params: (), evaluate=evaluate, **how)
 
 
@@ -89,6 +75,7 @@ def local_steps(
     inner: optax.GradientTransformation,
     *,
     steps: int,
+    accumulate: int = 1,
     has_aux: bool = False,
     has_model_state: bool = False,
     has_key: bool = False,
@@ -100,18 +87,23 @@ def local_steps(
 
     Args:
       loss_fn, has_aux, has_model_state, has_key: as in :func:`gradient`.
-      inner: the worker's own optimiser. Its state stays with the worker, from round to round.
+      inner: the worker's own optimiser, of optax. It gets the loss as ``value=``. Its state stays
+        with the worker, from round to round: a schedule in it counts the worker's own steps, H a
+        round. A round in which the worker's way counts for nothing leaves it as it was.
       steps: H, at least 1, or ValueError. Every leaf of a worker's batch has a leading axis of H.
+      accumulate: k, how many gradients are averaged for each step. With more than 1 every leaf of
+        a worker's batch has leading axes of H and k, and so has ``aux``.
 
     References: Stich, `Local SGD Converges Fast and Communicates Little
     <https://arxiv.org/abs/1805.09767>`_, 2018; Douillard et al., `DiLoCo
     <https://arxiv.org/abs/2311.08105>`_, 2023"""
     steps = check_int("steps", steps, minimum=1)
+    accumulate = check_int("accumulate", accumulate, minimum=1)
     is_optimiser = isinstance(inner, optax.GradientTransformation)
     require(is_optimiser, "inner", inner, "to be an optax optimiser")
     inner = optax.with_extra_args_support(inner)
     has = {"has_aux": has_aux, "has_model_state": has_model_state, "has_key": has_key}
-    value_and_grad = _value_and_grad(loss_fn, **has)
+    value_and_grad = _mean_of(accumulate, _value_and_grad(loss_fn, **has))
 
     def evaluate(params, own, model_state, key, batch):
         def step(carried, step_input):
@@ -128,7 +120,9 @@ def local_steps(
         delta = jax.tree.map(jnp.subtract, params, local)
         return Evaluation(delta, own, model_state, losses.mean(), aux)
 
-    return Direction(init=inner.init, evaluate=evaluate, steps=steps, gradients=steps, **has)
+    how = {"accumulate": None if accumulate == 1 else accumulate, **has}
+    gradients = steps * accumulate
+    return Direction(init=inner.init, evaluate=evaluate, steps=steps, gradients=gradients, **how)
 
 
 def as_direction(loss_fn: Any, **has: bool) -> Direction:
@@ -157,6 +151,30 @@ def _value_and_grad(loss_fn, has_aux, has_model_state, has_key):
         return loss, (rest, ()) if has_model_state else ((), rest)
 
     return jax.value_and_grad(parts, has_aux=True)
+
+
+def _mean_of(accumulate, value_and_grad):
+    """The same of a batch with a leading axis of that many: the mean gradient and loss, with the
+    model state handed on from one to the next."""
+    if accumulate == 1:
+        return value_and_grad
+
+    def several(params, model_state, key, batch):
+        def add(carried, step):
+            total, model_state = carried
+            number, part = step
+            given = params, model_state, _fold(key, number), part
+            (loss, (model_state, aux)), grads = value_and_grad(*given)
+            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+            return (total, model_state), (loss, aux)
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
+        carried, parts = (zeros, model_state), (jnp.arange(accumulate), batch)
+        (total, model_state), (losses, aux) = jax.lax.scan(add, carried, parts)
+        mean = jax.tree.map(lambda t, p: (t / accumulate).astype(p.dtype), total, params)
+        return (losses.mean(), (model_state, aux)), mean
+
+    return several
 
 
 _fold = lambda key, number: key if isinstance(key, tuple) else jax.random.fold_in(key, number)

@@ -16,6 +16,8 @@ from sasg_jax.numerics import PyTree
 from sasg_jax.rules import SILENCES, Round, Rule, always
 from sasg_jax.states import Wire
 
+MEANS = "workers", "senders"
+
 
 class Parts(TypedDict, total=False):
     """The parts of a method that need not be said, as keyword arguments."""
@@ -27,6 +29,10 @@ class Parts(TypedDict, total=False):
     """What a silent worker counts as: ``"reuse"``, its last message again (the paper's);
     ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a mean
     over those that sent. By default the rule's: ``"reuse"`` for :func:`sasg_jax.innovation`."""
+    mean: str
+    """Over whom the server takes it: ``"workers"``, by default: all M, or with silence ``"drop"``
+    those that sent; ``"senders"``: of each coordinate, those whose message has a number other than
+    0 there, as SparseLoCo's production code does. That can be M times as large."""
     downlink: Compressor | None  # of the way down, e.g. top_k(0.01); dense by default
     downlink_rule: Rule | None
     """When the server sends a step that is compressed, by default in every round. What it does not
@@ -59,6 +65,7 @@ class Method:
     remembers: bool  # the server keeps every worker's last message
     downlink_feedback: Feedback  # of the part of the step that the way down leaves out
     downlink_rule: Rule
+    mean: str  # over "workers", or over each coordinate's "senders"
 
     @property
     def settings(self) -> tuple[tuple[str, str], ...]:
@@ -112,7 +119,9 @@ class Method:
         return Wire(self.num_workers, *sizes, moved(up), moved(down), *rest)
 
 
-_SETTINGS = ("num_workers compressor rule feedback silence downlink downlink_rule exchange").split()
+_SETTINGS = (
+    "num_workers compressor rule feedback silence mean downlink downlink_rule exchange"
+).split()
 
 
 def make_method(
@@ -123,6 +132,7 @@ def make_method(
     learning_rate: optax.ScalarOrSchedule | None = None,
     feedback: Feedback | None = None,
     silence: str | None = None,
+    mean: str = "workers",
     downlink: Compressor | None = None,
     downlink_rule: Rule | None = None,
     exchange: str | Exchange | None = None,
@@ -149,6 +159,7 @@ def make_method(
     key = check_key(key)
     asked = silence
     silence = rule.silence if silence is None else check_choice("silence", silence, SILENCES)
+    by_sender = check_choice("mean", mean, MEANS) == "senders"
     mean_inside = compressor.compress_mean is not None
     keeps = silence == "keep" and not rule.always
     up, down = compressor, identity() if downlink is None else downlink
@@ -171,14 +182,19 @@ def make_method(
     uncounted = silence == "drop" or asked == "keep" or mean_inside
     allowed = "only where a silent worker counts as what it has sent"
     refuse(feedback.reconstructs and uncounted, "feedback", feedback, allowed)
+    allowed = f"to be 'workers' for {feedback.name}, of which the server keeps only a sum"
+    refuse(feedback.reconstructs and by_sender, "mean", mean, allowed)
+    refuse(mean_inside and by_sender, "mean", mean, f"to be 'workers' {means}")
     undecodable = up.shares_key and silence == "reuse" and not feedback.reconstructs
     allowed = f"to be 'keep' or 'drop' for {up.name}: a last message cannot be decoded with the "
     refuse(undecodable, "silence", silence, allowed + "key of another round")
     silence = "reuse" if feedback.reconstructs else silence
     # Also where all always upload, a refused gradient is a silent worker that counts as such.
     tells = not rule.always or (silence != "keep" and not feedback.reconstructs)
-    needs = Needs(not tells, up.linear, mean_inside, downlink is not None)
+    needs = Needs(not tells, up.linear, mean_inside, downlink is not None, by_sender)
     exchange = choose(exchange, needs)
+    allowed = f"to be 'workers' for exchange={exchange.name!r}, which collects a sum"
+    refuse(exchange.sums and by_sender, "mean", mean, allowed)
     keeps, remembers = keeps and silence == "keep", silence == "reuse" and not feedback.reconstructs
     rest = num_workers, learning_rate, key, axis_name, tells, keeps, remembers
     down_feedback = _default_feedback(down, keeps=False)
@@ -192,7 +208,8 @@ def make_method(
     allowed = f"to be None for the exchange {exchange.name!r}, which cannot tell of it"
     told = down_rule.always or exchange.tell_down is not None
     refuse(not told, "downlink_rule", down_rule, allowed)
-    return Method(up, rule, feedback, silence, down, exchange, *rest, down_feedback, down_rule)
+    of_server = down_feedback, down_rule, mean
+    return Method(up, rule, feedback, silence, down, exchange, *rest, *of_server)
 
 
 def _default_feedback(compressor: Compressor, keeps: bool) -> Feedback:

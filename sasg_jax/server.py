@@ -3,7 +3,8 @@ r"""The server's half of a round: step with the mean of what the workers have se
 .. math:: w_{t+1} = w_t - \frac{1}{M} \sum_{m=1}^{M} C_m
 
 where C_m is worker m's message of this round; of a silent worker, by name: its last message
-(reuse), nothing (keep), or nothing in a mean over those that sent (drop). Of a worker that sends
+(reuse), nothing (keep), or nothing in a mean over those that sent (drop). In a mean over senders, M
+is for each coordinate the number of messages that have something there. Of a worker that sends
 differences, C_m is what all of them have added up to. With a compressor on the way down, the server
 sends C'(u + r) in place of the mean step u and keeps the rest in r.
 """
@@ -114,7 +115,10 @@ def _serve(method: Method, like: PyTree, kept: Kept, messages, uploaded, of_mess
     if uploaded is not None and method.silence == "drop":
         count = jnp.maximum(uploaded.sum(), 1)
     key = method.decoder_key(method.compressor, of_messages)
-    total = method.compressor.decompress_sum(messages, like, key)
+    if method.mean == "senders":
+        total, count = method.compressor.mean_over_senders(messages, like, key), 1
+    else:
+        total = method.compressor.decompress_sum(messages, like, key)
     if method.feedback.reconstructs:
         total = memory = jax.tree.map(jnp.add, memory, total)
     # Divided before it is rounded: in half precision the sum need not fit where the mean does.

@@ -29,8 +29,9 @@ class TrainStep(NamedTuple):
     """``state = init(params, model_state=(), key=None)``; ``model_state`` is one worker's."""
     step: Any
     """``state, info = step(state, batch, present=None)``, jitted. The old state is donated: do not
-    use it again. Every leaf of ``batch`` has a leading axis of M, and then one of the direction's
-    steps where it has several. ``present``: who takes part, shape=(M,), dtype=bool; None is all."""
+    use it again. Every leaf of ``batch`` has a leading axis of M, and then those that the direction
+    has: of its steps, and of what it accumulates. ``present``: who takes part, shape=(M,),
+    dtype=bool; None is all."""
 
 
 def make_train_step(
@@ -109,7 +110,7 @@ def make_train_step(
         made_for = find_state(state.opt_state).wire.num_workers
         allowed = f"to be that of the state, {made_for}"
         require(made_for == num_workers, "num_workers", num_workers, allowed)
-        _check_batch(batch, num_workers, direction.steps)
+        _check_batch(batch, num_workers, direction)
         if driver != "vmap":
             # The simulation refuses to return as shared what depends on the worker. On devices it
             # would be one worker's, and replicas would drift apart.
@@ -206,11 +207,13 @@ def _check_init(direction: Direction, driver: str, params, model_state, key) -> 
         raise ValueError(why + f"itself where its arrays lie, got one with axes of {kinds}.")
 
 
-def _check_batch(batch: PyTree, num_workers: int, steps: int | None) -> None:
-    leading = (num_workers,) if steps is None else (num_workers, steps)
+def _check_batch(batch: PyTree, num_workers: int, direction: Direction) -> None:
+    own = {"steps": direction.steps, "accumulate": direction.accumulate}
+    own = {name: size for name, size in own.items() if size is not None}
+    leading = num_workers, *own.values()
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if jnp.shape(leaf)[: len(leading)] != leading:
-            rest = "" if steps is None else f", and then one of steps={steps}"
+            rest = "".join(f", and then one of {name}={size}" for name, size in own.items())
             why = f"Expected batch{jax.tree_util.keystr(path)} to have a leading axis of "
             raise ValueError(why + f"num_workers={num_workers}{rest}, got shape {jnp.shape(leaf)}.")
 

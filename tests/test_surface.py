@@ -195,7 +195,7 @@ LAYERS = [
     {"ledger", "method", "state_axes"},
     {"server", "worker"},
     {"transform"},
-    {"algorithms", "train_state"},
+    {"algorithms", "local_algorithms", "train_state"},
     {"drivers"},
     {"train_step"},
     {"__init__"},

@@ -42,6 +42,9 @@ class Compressor:
       decompress_sum: ``tree = decompress_sum(messages, like, key)``: the sum of decoded messages,
         whose arrays have one more leading axis. It is taken in the order of that axis, so that all
         replicas get the same bits, and in at least float32. Shapes are those of ``like``.
+      expand, restore: for one whose numbers stand for other coordinates than the tree's, e.g.
+        frequencies: ``numbers = expand(message, like, key)`` of one message, in at least float32,
+        and ``tree = restore(numbers, like)``, which is linear. See :meth:`mean_over_senders`.
       num_values: how many values a message for ``tree`` holds; by default its floats.
       shares_key: whether all workers must draw the same, and ``decompress_sum`` again: the key is
         then that of the round, in place of the worker's own. Else ``decompress_sum`` gets None.
@@ -53,6 +56,8 @@ class Compressor:
     compress: Callable[[PyTree, PyTree, Any], Compressed] = _not_given
     decompress_sum: Callable[[PyTree, PyTree, Any], PyTree] = _not_given
     init_memory: Callable[[PyTree], PyTree] = lambda tree: ()  # before the first message
+    expand: Callable[[PyTree, PyTree, Any], PyTree] | None = None
+    restore: Callable[[PyTree, PyTree], PyTree] = lambda numbers, like: numbers
     num_values: Callable[[PyTree], int] | None = None
     exact: bool = False  # the remainder is always zero, so that no residual need be kept
     unbiased: bool = False  # the decoded message is the tree in the mean, so that none need be kept
@@ -71,6 +76,26 @@ class Compressor:
             require(dtypes[0] == dtypes[1], "message of dtypes", dtypes[0], f"to be of {dtypes[1]}")
         tree = self.decompress_sum(jax.tree.map(lambda x: x[None], message), like, key)
         return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), tree, like)
+
+    def mean_over_senders(self, messages: PyTree, like: PyTree, key: Any = None) -> PyTree:
+        """Each coordinate's mean over those ``messages``, with a leading axis, that have a number
+        other than 0 there; 0 where none has. In at least float32, and in the order of that axis."""
+        first = lambda rows: jax.tree.map(lambda x: x[0], rows)
+        alone = lambda message: jax.tree.map(lambda x: x[None], message)
+        whole = lambda message, like, key: self.decompress_sum(alone(message), like, key)
+        numbers = lambda message: (self.expand or whole)(message, like, key)
+
+        def add(carried, message):
+            x = numbers(message)
+            fresh = x, jax.tree.map(lambda x: (x != 0).astype(jnp.int32), x)
+            return jax.tree.map(jnp.add, carried, fresh), None
+
+        shapes = jax.eval_shape(numbers, jax.eval_shape(first, messages))
+        zeros = lambda dtype=None: lambda s: jnp.zeros(s.shape, dtype or s.dtype)
+        start = jax.tree.map(zeros(), shapes), jax.tree.map(zeros(jnp.int32), shapes)
+        (total, count), _ = jax.lax.scan(add, start, messages)
+        mean = jax.tree.map(lambda x, count: x / jnp.maximum(count, 1), total, count)
+        return self.restore(mean, like)
 
     def message_shapes(self, tree: PyTree) -> PyTree:
         """Shapes and dtypes of a message for ``tree``, or of what ``compress_mean`` averages."""

@@ -38,7 +38,8 @@ def choose(exchange: str | Exchange | None, needs: Needs) -> Exchange:
             return SERVER
         if not needs.always:
             return LAZY
-        return PSUM if needs.linear or needs.mean_inside else GATHER
+        adds_up = needs.linear and not needs.by_sender
+        return PSUM if adds_up or needs.mean_inside else GATHER
     if not isinstance(exchange, Exchange):
         exchange = EXCHANGES[check_choice("exchange", exchange, EXCHANGES)]
     reason = exchange.refuses(needs)

@@ -42,6 +42,7 @@ class Needs(NamedTuple):
     linear: bool  # messages may be added before they are decoded
     mean_inside: bool  # the compressor takes means over workers in the middle of its work
     downlink: bool  # the step is compressed
+    by_sender: bool = False  # each coordinate's mean is over those that sent it
 
 
 def refuse_mean_inside(needs: Needs) -> str | None:

@@ -39,6 +39,8 @@ def _mean(tree: PyTree, axis_name: str) -> PyTree:
 def _refuses(needs: Needs) -> str | None:
     if needs.downlink:
         return "to be 'server' or 'sharded' for downlink=...: a sum sends no step to compress"
+    if needs.by_sender:
+        return "to be another for mean='senders': a sum does not tell how many sent a coordinate"
     why = "to be another where a worker may be silent or messages do not add up: a sum moves "
     why += "silent workers' zeros, and needs a linear compressor, e.g. sasg_jax.identity()"
     return None if needs.always and (needs.linear or needs.mean_inside) else why
