@@ -27,7 +27,7 @@ class Config:
     context: int = 128  # bytes that a text is predicted from
     by_gradients: bool = False
     """Whether ``iterations`` are gradients of a worker, so that methods are compared at as many."""
-    density: float = 0.01
+    density: float | None = 0.01  # None: as the method has it
     scope: str | None = None
     """Where the largest entries are chosen, in each ``"tensor"`` or the ``"tree"``; None: as the
     method has it."""
@@ -36,7 +36,8 @@ class Config:
     down_density: float | None = None  # of the way down, where it is sparse; None: as that up
     down_period: int = 1  # rounds to a step that the server sends
     down_rule: str = "every"  # in which of them, see experiments.methods.DOWN_RULES
-    residual_decay: float = 1.0  # β of the workers' residuals, of methods that send the top k
+    residual_decay: float | None = None
+    """β of the workers' residuals, of methods that keep any; None: as the method has it."""
     local_steps: int = 1  # H, steps of a worker's own in a round
     inner: str = "sgd"  # with what it makes them, one of experiments.methods.OPTIMIZERS
     outer_rate: float | None = None  # of what steps with their mean; None: as the method has it
@@ -115,7 +116,8 @@ _STDLIB_LM = Config(
     learning_rate=4e-3,
     target_accuracy=None,
     bits_per_byte_target=None,
-    methods=("adamw", "local_coded"),
+    methods=("adamw", "diloco", "sparse_loco", "muloco", "demo", "local_coded"),
+    density=None,
     alpha_c={"lasg": 0.5, "sasg": 0.5},
     num_workers=4,
     batch_size=4,

@@ -28,8 +28,12 @@ class Method:
     alpha: str | None = None  # whose c of ``Config.alpha_c`` its upload rule takes, of those with α
     rule: str = "always"  # the name of its rule's function in sasg_jax
     two_way: bool = False  # whether it sends the top k of the step back
-    coded: bool = False  # whether it sends signs, and indices in few bits
+    written: tuple[str, str] = ("plain", "plain")  # how values and indices are
     optimizer: str | None = None  # what steps with the mean, where that is what it is called after
+    recipe: tuple[str, ...] = ()
+    """What settings it takes of a configuration, where its function makes direction and optimiser:
+    others are the authors'. With a ``down_density`` it also sends the top k of the step back."""
+    exchange: str | None = None  # where the library would choose another than the authors
 
     @property
     def sparse(self) -> bool:
@@ -49,6 +53,8 @@ class Method:
     @property
     def settings(self) -> tuple[str, ...]:
         """Fields of a configuration that can be tuned for it; others make no difference to it."""
+        if self.recipe:
+            return ("learning_rate", "batch_size", *self.recipe, "down_density")
         of_rule = {
             "always": (),
             "every": ("period",),
@@ -67,6 +73,10 @@ class Method:
 LOOK_EVERY = 16
 """Uploads from one second gradient to the next, as the rule without an alpha has it."""
 
+_FEW_BITS = "sign", "elias_fano"
+_DECAY = "residual_decay"
+_SENT = "density", "values", "indices", _DECAY
+_GATHERED = "relay", "gather", "lazy", "server"
 _LAZY: Any = {"rule": "innovation", "alpha": "sasg", "scope": "tensor"}
 METHODS = {
     "adamw": Method("AdamW", "#444444", "sgd", ("psum", "server"), optimizer="adamw"),
@@ -105,17 +115,40 @@ METHODS = {
         *("SASG, coded", "#7a5195", "sasg", ("server", "sharded")),
         **_LAZY,
         two_way=True,
-        coded=True,
+        written=_FEW_BITS,
     ),
     "local_coded": Method(
         *("In turn, coded", "#003f5c", "turn_sgd", ("server",)),
         scope="tree",
         rule="every",
         two_way=True,
-        coded=True,
+        written=_FEW_BITS,
+    ),
+    "diloco": Method(
+        *("DiLoCo", "#0173b2", "diloco", ("psum", "server")),
+        recipe=("local_steps", "inner", "outer_rate", "outer_momentum"),
+    ),
+    "sparse_loco": Method(
+        *("SparseLoCo", "#de8f05", "sparse_loco", _GATHERED),
+        recipe=("local_steps", "inner", "outer_rate", *_SENT),
+        written=("sign2", "tiled"),
+        exchange="relay",
+    ),
+    "muloco": Method(
+        *("MuLoCo", "#029e73", "muloco", _GATHERED),
+        recipe=("local_steps", "outer_rate", "outer_momentum", "density", "values", _DECAY),
+        written=("sign2", "elias_fano"),
+        exchange="relay",
+    ),
+    "demo": Method(
+        *("DeMo", "#cc78bc", "demo", _GATHERED),
+        recipe=_SENT,
+        written=("plain", "tiled"),
+        exchange="relay",
     ),
 }
-"""The paper's four methods, two that keep, some with a sparse way down, and two of few bits."""
+"""Two dense ones of language models; the paper's four methods, two that keep, some with a sparse
+way down, and two of few bits; then those of others that talk little."""
 
 PAPER_METHODS = ("sgd", "sparse", "lasg", "sasg")
 DOWN_RULES = ("every", "message_share", "residual_norm", "direction_change")
@@ -237,14 +270,41 @@ def _matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def make_direction(config: Config, name: str, loss: Any, **has: bool) -> "sasg_jax.Direction":
-    """What a worker makes of its batch: a gradient, or how far several steps have led."""
+def make(
+    config: Config, name: str, loss: Any, *, simulated: bool = False, **has: bool
+) -> "tuple[sasg_jax.Direction, sasg_jax.Transformation]":
+    """What a worker makes of its batch, a gradient or how far several steps have led, and the
+    optimiser of one of :data:`METHODS`. ``loss`` and ``has`` are as for ``sasg_jax.gradient``."""
     import sasg_jax
 
+    if METHODS[name].recipe:
+        return _make_recipe(config, METHODS[name], loss, has)
     if config.local_steps == 1:
-        return sasg_jax.gradient(loss, **has)
-    inner = _optimizer(config, config.inner)
-    return sasg_jax.local_steps(loss, inner, steps=config.local_steps, **has)
+        direction = sasg_jax.gradient(loss, **has)
+    else:
+        inner = _optimizer(config, config.inner)
+        direction = sasg_jax.local_steps(loss, inner, steps=config.local_steps, **has)
+    return direction, make_optimizer(config, name, simulated=simulated)
+
+
+def _make_recipe(config: Config, method: Method, loss: Any, has: dict[str, bool]) -> Any:
+    """As the authors have it, but for what the configuration says."""
+    import sasg_jax
+
+    parts: dict[str, Any] = {"num_workers": config.num_workers, **has}
+    if config.down_density is not None:
+        few = {"values": _FEW_BITS[0], "indices": _FEW_BITS[1]}
+        parts["downlink"] = sasg_jax.top_k(config.down_density, scope="tree", **few)
+    exchange = method.exchange if config.down_density is None else None
+    parts["exchange"] = config.exchange or exchange
+    names = {_DECAY: "decay", "local_steps": "steps"}
+    given = {setting: getattr(config, setting) for setting in method.recipe if setting != "inner"}
+    parts |= {names.get(name, name): value for name, value in given.items() if value is not None}
+    if method.maker == "demo":
+        decay, rate = config.weight_decay, learning_rate(config)
+        return sasg_jax.demo(loss, rate, weight_decay=decay, **parts)
+    inner = _optimizer(config, "muon" if method.maker == "muloco" else config.inner)
+    return getattr(sasg_jax, method.maker)(loss, inner, **parts)
 
 
 def make_optimizer(
@@ -260,21 +320,23 @@ def make_optimizer(
     import sasg_jax
 
     method, workers = METHODS[name], config.num_workers
+    if method.recipe:
+        return make(config, name, lambda params, batch: 0.0)[1]
     parts: dict[str, Any] = {"num_workers": workers, "exchange": config.exchange}
     if method.rule != "always":
         parts["silence"] = config.silence
     top: dict[str, Any] = {}
     if method.sparse:
-        top = {"density": config.density, "selection": selection}
+        top = {"density": config.density or 0.01, "selection": selection}
         top["scope"] = config.scope or method.scope
-        written = ("sign", "elias_fano") if method.coded else ("plain", "plain")
-        top["values"], top["indices"] = config.values or written[0], config.indices or written[1]
+        values, indices = method.written
+        top["values"], top["indices"] = config.values or values, config.indices or indices
     if method.two_way:
-        density = config.down_density or config.density
+        density = config.down_density or top["density"]
         parts["downlink"] = sasg_jax.top_k(**{**top, "density": density})
         if config.down_period > 1:
             parts["downlink_rule"] = _down_rule(config)
-    if config.residual_decay != 1:
+    if config.residual_decay is not None:
         parts["feedback"] = sasg_jax.residual(config.residual_decay)
     rule: dict[str, Any] = {}
     if method.rule == "every":

@@ -61,7 +61,7 @@ def of_method(config: Config, method: str, gradients: int | None) -> Config:
     of a worker, and evaluated as often as a method that takes one in a round. None leaves these as
     they are."""
     # All others are not asked for where they are not taken.
-    read = {"local_steps": 1, "residual_decay": 1.0}
+    read = {"local_steps": 1, "residual_decay": None}
     unused = read.keys() - {*METHODS[method].settings}
     config = dataclasses.replace(config, **{name: read[name] for name in unused})
     if gradients is None:

@@ -337,7 +337,7 @@ def _without_effect(spec: Mapping[str, Any]) -> set[str]:
 
 def _order(about: dict[str, Any]) -> tuple[Any, ...]:
     config = about["config"]
-    place = about["seed"], list(METHODS).index(about["method"]), config["density"]
+    place = about["seed"], list(METHODS).index(about["method"]), config["density"] or 0.0
     return config["name"], *place, config["learning_rate"]
 
 

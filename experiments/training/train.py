@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import sasg_jax
 from experiments import data
 from experiments.configs import Config
-from experiments.methods import make_direction, make_optimizer
+from experiments.methods import make
 from experiments.metrics import metric_of
 from experiments.processes.cluster import Group
 from experiments.training.agreement import check_replicas, check_same_data, digest
@@ -138,9 +138,11 @@ class _Run:
         config, simulated = self.config, self.mesh is None
         has = {"has_model_state": self.has_model_state, "has_key": config.augment}
         loss = self._one_by_one() if one_by_one else self.task.loss
+        direction, tx = make(config, self.method, loss, simulated=simulated, **has)
+        self.has_steps = direction.steps is not None
         self.train_step = sasg_jax.make_train_step(
-            make_direction(config, self.method, loss, **has),
-            make_optimizer(config, self.method, simulated=simulated),
+            direction,
+            tx,
             num_workers=config.num_workers,
             driver="vmap" if simulated else "shard_map",
             chunk_size=chunk_size(config) if simulated else None,
@@ -177,13 +179,13 @@ class _Run:
         return stack_workers(part, len(self.shards), 0, self.mesh)
 
     def _batch_order(self, rounds: int) -> jax.Array:
-        """Positions in each worker's own examples. shape=(rounds, M, B), or, of H > 1 local steps,
+        """Positions in each worker's own examples. shape=(rounds, M, B), or, of H local steps,
         (rounds, M, H, B)"""
         positions = [np.arange(len(shard)) for shard in self.shards]
         steps, size = self.config.local_steps, self.config.batch_size
         start = self.progress.iteration * steps
         arguments = positions, size, rounds * steps, self.seed, start
-        shape = (rounds, size) if steps == 1 else (rounds, steps, size)
+        shape = (rounds, steps, size) if self.has_steps else (rounds, size)
         part = lambda worker: data.batch_order(*arguments, workers=[worker])[:, 0].reshape(shape)
         return stack_workers(part, len(self.shards), 1, self.mesh)
 
