@@ -1,11 +1,14 @@
 """The methods get the paper's settings from a configuration, and the table tells the truth."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import sasg_jax
@@ -17,10 +20,12 @@ from experiments.methods import (
     METHODS,
     OPTIMIZERS,
     learning_rate,
+    make,
     make_optimizer,
 )
 from experiments.options import INDICES, VALUES
 from sasg_jax import exchanges as library
+from sasg_jax.states import find_state
 
 CIFAR = CONFIGS["cifar10_resnet18"]
 
@@ -33,17 +38,31 @@ def test_learning_rate_falls_tenfold_at_the_decay_rounds():
     )
 
 
+def test_learning_rate_warms_up_and_falls_over_all_steps_of_a_worker():
+    config = dataclasses.replace(
+        CONFIGS["stdlib_lm"], iterations=100, local_steps=10, learning_rate=1.0
+    )
+    rate: Any = learning_rate(config)
+    assert [float(rate(step)) for step in (0, 50, 525, 1000)] == pytest.approx(
+        [1 / 50, 1, (1 + 1 / 20) / 2, 1 / 20]
+    )
+
+
 def test_learning_rate_without_decay_is_the_number():
     assert learning_rate(CONFIGS["mnist_fc"]) == 0.05
 
 
-@pytest.mark.parametrize("name", METHODS)
+RECIPES = [name for name, row in METHODS.items() if row.recipe]
+OTHERS = [name for name in METHODS if name not in RECIPES]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_methods_send_what_the_table_says(name):
     method = METHODS[name]
-    state: Any = make_optimizer(CONFIGS["mnist_fc"], name).init({"w": jnp.zeros(1000)})
+    state = find_state(make_optimizer(CONFIGS["mnist_fc"], name).init({"w": jnp.zeros(1000)}))
     # 1,000 entries: 4,000 bytes dense; 10 values of 4 bytes and indices of 2 at 1 %. Coded, 10
     # signs and a magnitude, 10 times 6 low bits, and 10 + 999/64 bits of high ones.
-    few = 2 + 4 + 8 + 4 if method.coded else 60
+    few = 60 if method.written == ("plain", "plain") else 2 + 4 + 8 + 4
     assert state.wire.num_workers == 10
     assert state.wire.upload_bytes == (few if method.sparse else 4000)
     assert state.wire.upload_paper_bits == 32 * (10 if method.sparse else 1000)
@@ -51,10 +70,73 @@ def test_methods_send_what_the_table_says(name):
     assert state.wire.downlink_bytes == (few if method.two_way else 4000)
     lazy = method.rule != "always"
     exchange = "server" if method.two_way else "lazy" if lazy else "gather"
-    assert state.wire.exchange == ("psum" if name == "sgd" else exchange)
+    assert state.wire.exchange == ("psum" if method.maker == "sgd" else exchange)
     assert bool(state.server.rule) == bool(method.alpha)
     if method.alpha:
         assert len(state.server.rule.history) == 10
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_send_what_their_authors_do(name):
+    """In bits that the table of coders gives; each worker hears the messages of all others."""
+    config = dataclasses.replace(CONFIGS["stdlib_lm"], learning_rate=0.1)
+    params = {"a": jnp.zeros((64, 64)), "b": jnp.zeros(64)}
+    state = find_state(make_optimizer(config, name).init(params))
+    method = METHODS[name]
+    assert state.wire.exchange == (method.exchange or "psum")
+    exact = name == "diloco"
+    up = state.wire.upload_bytes
+    assert up == 4 * 4160 if exact else up < 4 * 4160 / 8
+    ledger = sasg_jax.Ledger(state)
+    ledger.record(np.ones(4, bool))
+    assert ledger.uplink_bytes == 4 * up
+    assert ledger.downlink_bytes == 4 * (4 * 4160 if exact else 3 * up)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_may_have_a_sparse_way_down(name):
+    config = dataclasses.replace(CONFIGS["stdlib_lm"], down_density=0.1)
+    method = make_optimizer(config, name).method
+    few = "values='sign', indices='elias_fano'"
+    assert method.downlink.name == f"top_k(0.1, scope='tree', {few})"
+    assert method.exchange.name == "server"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [(name, setting, 0.5) for name in RECIPES for setting in METHODS[name].settings],
+)
+def test_a_setting_of_a_recipe_is_heard(name, setting, value):
+    """It makes another training step, or is refused."""
+    values: Any = {"local_steps": 7, "inner": "sgd", "values": "sign8", "indices": "bitmap"}
+    values |= {"batch_size": 4, "learning_rate": 0.5}  # others are 0.5, too
+    made = [_two_rounds(name), _two_rounds(name, setting, values.get(setting, value))]
+    same = setting == "batch_size"  # which the data have
+    is_same = len(made[0]) == len(made[1]) and all(map(np.array_equal, *made))
+    assert is_same == same
+
+
+_BASE = dataclasses.replace(
+    CONFIGS["stdlib_lm"], local_steps=3, learning_rate=0.1, density=0.25, down_density=0.25
+)
+
+
+@functools.cache
+def _two_rounds(name, setting=None, value=None):
+    """The state after two, of a loss that tells batches apart, and the size of a message."""
+    config = dataclasses.replace(_BASE, **({setting: value} if setting else {}))
+    loss = lambda params, batch: sum(jnp.sum((x - batch.mean()) ** 2) for x in params.values())
+    direction, tx = make(config, name, loss)
+    step = sasg_jax.make_train_step(direction, tx, num_workers=4)
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(16, 16)), "b": rng.normal(size=8)}
+    state = step.init(jax.tree.map(jnp.float32, params))
+    for _ in range(2):
+        steps = () if direction.steps is None else (direction.steps,)
+        batch = np.broadcast_to(np.arange(4.0).reshape(4, *(1 for _ in steps), 1), (4, *steps, 2))
+        state, _ = step.step(state, jnp.float32(batch))
+    sizes = find_state(state.opt_state).wire.upload_bytes
+    return [*map(np.asarray, jax.tree.leaves(state)), np.asarray(sizes)]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -65,7 +147,7 @@ def test_a_method_of_every_configuration_is_made_for_the_exchanges_that_suit_it(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in OTHERS if not METHODS[name].optimizer])
 def test_any_optimizer_may_step_with_the_mean(name, optimizer):
     config = dataclasses.replace(CONFIGS["digits"], optimizer=optimizer)
     inside = make_optimizer(dataclasses.replace(config, optimizer=None), name)

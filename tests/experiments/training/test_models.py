@@ -10,7 +10,7 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.training import models
-from experiments.training.models import MLP, ResNet18, make_model
+from experiments.training.models import MLP, ResNet18, Transformer, make_model
 
 
 def count(tree):
@@ -68,6 +68,8 @@ def test_resnet_halves_the_image_three_times_and_writes_statistics_only_in_train
 
 def test_every_configuration_makes_its_model():
     for config in CONFIGS.values():
+        if config.model == "transformer":  # which tests/experiments/training/test_tasks.py makes
+            continue
         model = make_model(config, 7)
         assert (model.num_classes, model.width) == (7, config.width)
 
@@ -100,3 +102,24 @@ def test_a_convolution_as_a_product_is_jaxs_own(size, stride, height):
         strict=True,
     ):
         np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_number_of_parameters_of_the_transformer():
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    init = lambda model: lambda: model.init(jax.random.key(0), tokens)
+    params = jax.eval_shape(init(Transformer()))["params"]
+    # Tied embeddings; of each layer attention (4 w²), the network (8 w²) and two norms; one more.
+    assert count(params) == 256 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128 == 820_352
+
+
+def test_the_transformer_does_not_look_ahead_and_tells_places_apart():
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    model = Transformer(64, 2)
+    params = model.init(jax.random.key(0), tokens)
+    before = np.asarray(model.apply(params, tokens))
+    after = np.asarray(model.apply(params, tokens.at[0, 7].set(99)))
+    np.testing.assert_array_equal(before[0, :7], after[0, :7])
+    assert (np.abs(before[0, 7:] - after[0, 7:]).max(-1) > 0).all()
+    swapped = np.asarray(model.apply(params, tokens.at[0, jnp.array([2, 4])].set([4, 2])))
+    assert np.abs(swapped[0, -1] - before[0, -1]).max() > 0
+    assert before.shape == (1, 12, 256)

@@ -13,6 +13,7 @@ from experiments.configs import CONFIGS
 from experiments.methods import PAPER_METHODS
 from experiments.training import inputs
 from experiments.training import train as training
+from experiments.training.checkpoints import Checkpoints
 
 DIGITS = dataclasses.replace(
     CONFIGS["digits"], iterations=120, evaluate_every=50, rounds_per_call=10
@@ -215,3 +216,69 @@ def test_one_by_one_is_the_same_run_up_to_rounding(digits, changes):
 def test_every_method_learns_the_digits(digits, method):
     config = dataclasses.replace(CONFIGS["digits"], iterations=600)
     assert run(config, method, digits)[0].final_test_accuracy > 0.9
+
+
+LM = dataclasses.replace(
+    *(CONFIGS["stdlib_lm_smoke"],),
+    width=32,
+    context=16,
+    iterations=12,
+    batch_size=2,
+    num_workers=2,
+    local_steps=3,
+    evaluate_every=4,
+    rounds_per_call=2,
+    density=0.05,
+    down_density=0.05,
+    period=2,
+)
+
+
+@pytest.fixture(scope="module")
+def few_bytes():
+    text, _ = data.load_stdlib(LM.context)
+    few = {"test_windows": text.test_windows[:50], "test_lengths": text.test_lengths[:50]}
+    return dataclasses.replace(text, train_windows=text.train_windows[:500], **few)
+
+
+@pytest.mark.parametrize(("method", "inner"), [("local_coded", "adamw"), ("diloco", "muon")])
+def test_a_language_model_goes_on_bit_for_bit_also_after_the_rate_has_fallen(
+    few_bytes, tmp_path, method, inner
+):
+    """Stopped after 6 of 12 rounds, where the inner optimisers have moments and have counted 18
+    steps of a schedule that falls; and whole."""
+    config = dataclasses.replace(LM, inner=inner)
+    whole, points = run(config, method, few_bytes)
+
+    def stop(rounds, made=[0]):  # noqa: B006
+        made[0] += rounds
+        if made[0] == 6:
+            raise KeyboardInterrupt
+
+    with Checkpoints(tmp_path, 0) as checkpoints, pytest.raises(KeyboardInterrupt):
+        run(config, method, few_bytes, checkpoints=checkpoints, on_rounds=stop)
+    starts = []
+    with Checkpoints(tmp_path, 0) as checkpoints:
+        resumed, later = run(
+            config, method, few_bytes, checkpoints=checkpoints, on_start=starts.append
+        )
+    assert starts == [6]
+    assert resumed.params_sha256 == whole.params_sha256
+    assert later == points[1:]
+    assert whole.final_bits_per_byte == points[-1].bits_per_byte
+    assert whole.final_test_accuracy is None
+    assert 0 < points[-1].bits_per_byte < points[0].bits_per_byte < 8.1
+
+
+def test_a_package_for_each_worker(few_bytes):
+    text, source = data.load_stdlib(LM.context, packages=2)
+    shards = inputs.partition(LM, text, source, 1)
+    assert [set(source[shard]) for shard in shards] == [{0}, {1}]
+    few = np.concatenate([np.flatnonzero(source == place)[:50] for place in (0, 1)])
+    rows = np.concatenate([np.flatnonzero(text.test_source == place)[:9] for place in (0, 1)])
+    names = {name: getattr(text, name)[rows] for name in ("test_windows", "test_lengths")}
+    small = dataclasses.replace(
+        text, train_windows=text.train_windows[few], test_source=text.test_source[rows], **names
+    )
+    record, _ = run(LM, "local_coded", small, source=source[few])
+    assert 0 < record.final_bits_per_byte < 8.1
