@@ -35,6 +35,7 @@ _STUDIES = {
     "silence": "studies.silence",
     "scale_free": "studies.scale_free",
     "coding": "studies.coding",
+    "language": "studies.language",
     "bench": "studies.bench",
     "wire": "wire.measure",
 }
@@ -98,6 +99,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "silence": (_study, "measure what becomes of a silent worker's gradient"),
     "scale_free": (_study, "try the rule without an alpha on tasks that it is not told about"),
     "coding": (_study, "count the bits that an entry takes, beside its entropy"),
+    "language": (_study, "train a language model with all methods, and leave out parts of ours"),
     "bench": (_study, "time the library beside the least that there is to do"),
     "wire": (_study, "measure bytes and times of rounds on a network of several hosts"),
     "launch": (_launch, "start `run` or `compare` in several processes on this machine"),

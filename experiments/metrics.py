@@ -55,4 +55,5 @@ BITS_PER_BYTE = Metric(
 def metric_of(config: Mapping[str, Any] | Any) -> Metric:
     """Of a configuration, or of what ``run.json`` or a record has of one."""
     known = config if isinstance(config, Mapping) else vars(config)
-    return ACCURACY if known.get("target_accuracy") is not None else BITS_PER_BYTE
+    is_text = known.get("target_accuracy") is None and BITS_PER_BYTE.target in known
+    return BITS_PER_BYTE if is_text else ACCURACY

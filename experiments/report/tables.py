@@ -35,8 +35,8 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
         f"{measured}: at the end of training.",
     ]
 
-    def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
-        return float(np.mean([row[key] for row in rows]))
+    def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:
+        return float(np.mean([sum(row[key] for key in keys) for row in rows]))
 
     for name, method in METHODS.items():
         runs = [record for record in records if record["method"] == name]
@@ -45,7 +45,10 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
         reached = [run for run in runs if run[f"uploads{end}"] is not None]
         cells = ["not reached"] + [""] * (len(columns) - 1)
         if reached:
-            cells = [show(mean(reached, f"{key}{end}")) for key, show in columns.values()]
+            cells = [
+                show(mean(reached, *(f"{key}{end}" for key in keys)))
+                for *keys, show in columns.values()
+            ]
         if 0 < len(reached) < len(runs):
             notes.append(
                 f"{method.label}: {len(reached)} of {len(runs)} seeds reached the target; the "
@@ -126,21 +129,21 @@ def format_bytes(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
-_COUNTED = {
+_COUNTED: dict[str, tuple[Any, ...]] = {
     "Rounds": ("iterations", _whole),
     "Uploads": ("uploads", _whole),
     "Paper bits": ("paper_uplink_bits", "{:.2e}".format),
     "Uplink": ("uplink_bytes", format_bytes),
-    "Both ways": ("two_way_bytes", format_bytes),
+    "Both ways": ("uplink_bytes", "downlink_bytes", format_bytes),
 }
-"""Columns of :func:`comparison_table`: of a record, and how they are shown."""
+"""Columns of :func:`comparison_table`: sums of what a record has, and how they are shown."""
 
-_COUNTED_OF_TEXT = {
+_COUNTED_OF_TEXT: dict[str, tuple[Any, ...]] = {
     "Rounds": ("iterations", _whole),
     "Gradients": ("gradients_per_worker", _whole),
     "Uploads": ("uploads", _whole),
     "Uplink": ("uplink_bytes", format_bytes),
-    "Both ways": ("two_way_bytes", format_bytes),
+    "Both ways": ("uplink_bytes", "downlink_bytes", format_bytes),
 }
 _NOTES = {
     "Gradients": "Gradients: of each worker, at most.",

@@ -59,6 +59,7 @@ class Folder:
         kept = _KEPT[config] if METHODS[method].sparse else _PARAMETERS[config]
         uploads = [(at_target or 60_000) * i // 3 for i in range(5)]
         if final is None:
+            assert chosen.target_accuracy is not None
             final = chosen.target_accuracy + (0.001 * seed if at_target else -0.02)
         points = [
             Point(

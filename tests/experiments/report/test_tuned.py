@@ -49,5 +49,5 @@ def test_a_broken_file_is_named(folder):
     path = folder.directory / "best" / "x" / "best.json"
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    with pytest.raises(ResultsError, match=r"best/x/best\.json to hold config, target_accuracy"):
+    with pytest.raises(ResultsError, match=r"best/x/best\.json to hold config, picked_by"):
         tuned.read(folder.directory)

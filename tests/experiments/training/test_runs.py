@@ -55,7 +55,7 @@ def test_a_run_is_made_once(tmp_path, digits):
         with runs.Reporter(written) as reporter:
             runs.perform(run, store, digits, None, arguments=["run"], reporter=reporter)
         said.append(text(written))
-    assert "SASG, seed 1: round 40 of 40, accuracy" in said[0]
+    assert "SASG, seed 1: round 40 of 40, test accuracy" in said[0]
     assert said[1].startswith("SASG, seed 1: done before")
     (files,) = store.runs()
     assert [session["round"] for session in files.about()["sessions"]] == [0]
@@ -88,12 +88,17 @@ def point(iteration):
     )
 
 
+def run_of(rounds):
+    config = dataclasses.replace(CONFIGS["digits"], iterations=rounds)
+    return runs.Run(config, "sasg", 1)
+
+
 def test_a_plain_line_says_how_far_how_good_how_much_is_saved_and_how_long(monkeypatch):
     now = 0.0
     monkeypatch.setattr(runs.time, "monotonic", lambda: now)
     written = console()
     with runs.Reporter(written) as reporter:
-        reporter.follow("SASG, seed 1", 1000, 200)
+        reporter.follow(run_of(1000), 200)
         now = 60.0
         reporter.on_point(point(400))
         now = 61.0
@@ -102,9 +107,9 @@ def test_a_plain_line_says_how_far_how_good_how_much_is_saved_and_how_long(monke
         reporter.on_point(point(1000))
     assert text(written).splitlines() == [
         "SASG, seed 1: goes on after round 200",
-        "SASG, seed 1: round 400 of 1,000, accuracy 90.00%, 1,234 uploads, "
+        "SASG, seed 1: round 400 of 1,000, test accuracy 90.00%, 1,234 uploads, "
         "1/4.0 of dense bytes both ways, 3 min left",
-        "SASG, seed 1: round 1,000 of 1,000, accuracy 90.00%, 1,234 uploads, "
+        "SASG, seed 1: round 1,000 of 1,000, test accuracy 90.00%, 1,234 uploads, "
         "1/4.0 of dense bytes both ways",
     ]
 
@@ -113,10 +118,10 @@ def test_a_plain_line_says_how_far_how_good_how_much_is_saved_and_how_long(monke
 def test_a_terminal_has_a_bar_unless_it_is_to_be_plain(plain):
     written = console(terminal=True)
     with runs.Reporter(written, plain=plain) as reporter:
-        reporter.follow("SASG, seed 1", 1000, 0)
+        reporter.follow(run_of(1000), 0)
         reporter.on_rounds(500)
         reporter.on_point(point(500))
     said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text(written))
     assert ("500/1000" in said) == (not plain)
     if not plain:
-        assert "accuracy 90.00%, 1,234 uploads, 1/4.0 of dense bytes both ways" in said
+        assert "test accuracy 90.00%, 1,234 uploads, 1/4.0 of dense bytes both ways" in said

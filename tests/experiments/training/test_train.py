@@ -1,6 +1,7 @@
 """Whole runs: what is trained, on which data, and what is counted."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,7 +26,7 @@ def digits():
     return data.load("digits")
 
 
-def run(config, method, dataset, **options):
+def run(config, method, dataset, **options) -> tuple[Any, list[Any]]:
     points = []
     record = training.train(config, method, 1, dataset, on_point=points.append, **options)
     return record, points
@@ -272,6 +273,8 @@ def test_a_language_model_goes_on_bit_for_bit_also_after_the_rate_has_fallen(
 
 def test_a_package_for_each_worker(few_bytes):
     text, source = data.load_stdlib(LM.context, packages=2)
+    assert source is not None
+    assert text.test_source is not None
     shards = inputs.partition(LM, text, source, 1)
     assert [set(source[shard]) for shard in shards] == [{0}, {1}]
     few = np.concatenate([np.flatnonzero(source == place)[:50] for place in (0, 1)])
