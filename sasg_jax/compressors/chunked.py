@@ -150,6 +150,8 @@ def chunked_top_k(
         return Compressed(messages, treedef.unflatten(remainders), memory)
 
     def by_leaf(fn):
+        """Of the parts of a message, one for each leaf, a tree like ``like``."""
+
         def of_tree(parts, like, key=None):
             leaves, treedef = jax.tree.flatten(like)
             return treedef.unflatten([fn(*pair) for pair in zip(parts, leaves, strict=True)])
@@ -167,7 +169,7 @@ def chunked_top_k(
         compress=compress,
         decompress_sum=by_leaf(decompress_sum_leaf),
         expand=by_leaf(lambda message, leaf: add(empty(leaf), message, leaf)),
-        restore=by_leaf(restore_leaf),
+        restore=lambda numbers, like: jax.tree.map(restore_leaf, numbers, like),
         num_values=lambda tree: sum(x.num_tiles * num_kept(x) for x in tilings(tree)),
     )
 
