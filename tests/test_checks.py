@@ -198,3 +198,15 @@ def test_mapped_axis():
         ValueError, match=r"^Expected axis_name='workers' to be a mapped axis, but "
     ):
         jax.vmap(check, axis_name="others")(jnp.ones(3))
+
+
+@pytest.mark.parametrize("value", [0, 0.5, np.float32(0.25)])
+def test_real_numbers_of_a_range(value):
+    assert _checks.check_real("x", value, minimum=0, below=1) == value
+    assert type(_checks.check_real("x", value, minimum=0)) is float
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, np.nan, np.inf, None, True, "0"])
+def test_real_numbers_outside(value):
+    with pytest.raises(ValueError, match=r"x=.* to be a number of at least 0 and below 1\.$"):
+        _checks.check_real("x", value, minimum=0, below=1)

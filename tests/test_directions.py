@@ -151,6 +151,162 @@ def test_inner_optimiser_gets_the_loss():
     assert float(made.own) == 11
 
 
+# Several gradients a step -------------------------------------------------------------------------
+
+ACCUMULATED = 2
+
+
+def test_accumulated_local_steps():
+    """The mean of each step's gradients; state, keys and reports go through all of them."""
+    inner = optax.sgd(0.5, momentum=0.5)
+    has = {"has_aux": True, "has_model_state": True, "has_key": True}
+    way = sasg_jax.local_steps(_loss, inner, steps=STEPS, accumulate=ACCUMULATED, **has)
+    assert (way.steps, way.accumulate, way.gradients) == (STEPS, ACCUMULATED, 6)
+    centres = problems.centres(ACCUMULATED, rounds=STEPS)
+    model_state = {"sum": np.ones(6, np.float32)}
+    made = jax.jit(way.evaluate)(PARAMS, way.init(PARAMS), model_state, KEY, centres)
+    noise = np.asarray(made.aux["noise"])
+    assert noise.shape == (STEPS, ACCUMULATED, 6)
+    assert len({row.tobytes() for row in noise.reshape(-1, 6)}) == STEPS * ACCUMULATED
+
+    local, total = PARAMS, model_state["sum"]
+    velocity = {key: np.zeros_like(x) for key, x in PARAMS.items()}
+    losses = []
+    for step in range(STEPS):
+        grads = []
+        for i in range(ACCUMULATED):
+            centre = problems.at(problems.at(centres, step), i)
+            grad = {key: local[key] - centre[key] for key in local}
+            grads.append(grad | {"b": grad["b"] + 0.1 * noise[step, i]})
+            losses.append(
+                0.5 * sum(np.sum((local[key] - centre[key]) ** 2) for key in local)
+                + 0.1 * noise[step, i] @ local["b"]
+            )
+            total = 2 * total + local["b"] + centre["b"]
+        mean = {key: np.mean([grad[key] for grad in grads], axis=0) for key in local}
+        velocity = {key: 0.5 * velocity[key] + mean[key] for key in local}
+        local = {key: local[key] - 0.5 * velocity[key] for key in local}
+    for key in PARAMS:
+        np.testing.assert_allclose(made.direction[key], PARAMS[key] - local[key], atol=1e-5)
+    np.testing.assert_allclose(made.loss, np.mean(losses), rtol=1e-4)
+    np.testing.assert_allclose(made.model_state["sum"], total, rtol=1e-4)
+
+
+def test_batches_of_accumulated_local_steps():
+    way = sasg_jax.local_steps(
+        problems.quadratic_loss, optax.sgd(0.1), steps=STEPS, accumulate=ACCUMULATED
+    )
+    train_step = sasg_jax.make_train_step(way, sasg_jax.sgd(1.0, num_workers=4), num_workers=4)
+    state = train_step.init(problems.quadratic_params())
+    batch = {"b": jnp.zeros((4, STEPS, ACCUMULATED, 6)), "w": jnp.zeros((4, STEPS, 3, 4, 6))}
+    leading = "a leading axis of num_workers=4, and then one of steps=3, and then one of accumulate"
+    with pytest.raises(ValueError, match=rf"^Expected batch\['w'\] to have {leading}=2, got shape"):
+        train_step.step(state, batch)
+
+
+# The inner optimiser ------------------------------------------------------------------------------
+
+INNERS: dict[str, Any] = {
+    "schedule, clipping, decay": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.exponential_decay(0.3, 1, 0.7), weight_decay=0.1),
+    ),
+    "muon": optax.contrib.muon(0.1, weight_decay=0.1),
+    "value": optax.chain(optax.sgd(0.2), optax.contrib.reduce_on_plateau(0.5, patience=1)),
+    "schedule-free": optax.contrib.schedule_free_sgd(0.1, warmup_steps=4),
+}
+
+
+def _alone(inner, centres, rounds):
+    """Each worker's own steps from the mean of all, with a state of its own."""
+    inner = optax.with_extra_args_support(inner)
+
+    @jax.jit
+    def step(local, state, centre):
+        loss, grads = jax.value_and_grad(problems.quadratic_loss)(local, centre)
+        updates, state = inner.update(grads, state, local, value=loss)
+        return optax.apply_updates(local, updates), state
+
+    params = problems.quadratic_params()
+    states = [inner.init(params) for _ in range(problems.M)]
+    for t in range(rounds):
+        ends = []
+        for m in range(problems.M):
+            local = params
+            for h in range(STEPS):
+                centre = jax.tree.map(lambda x, place=(t, m, h): x[place], centres)
+                local, states[m] = step(local, states[m], centre)
+            ends.append(local)
+        params = jax.tree.map(lambda *xs: sum(xs) / problems.M, *ends)
+    return params, jax.tree.map(lambda *xs: np.stack(xs), *states)
+
+
+@pytest.mark.parametrize("driver", ["vmap", "shard_map"])
+@pytest.mark.parametrize("name", INNERS)
+def test_any_inner_optimiser_goes_on_from_round_to_round(name, driver):
+    """Its schedule counts a worker's steps, and each worker has its own."""
+    rounds, inner = 3, INNERS[name]
+    rng = np.random.default_rng(0)
+    leading = (rounds, problems.M, STEPS)
+    centres = {
+        "b": rng.normal(size=(*leading, 6)).astype(np.float32),
+        "w": rng.normal(size=(*leading, 4, 6)).astype(np.float32),
+    }
+    direction, tx = sasg_jax.diloco(
+        problems.quadratic_loss,
+        inner,
+        num_workers=problems.M,
+        steps=STEPS,
+        outer_rate=1.0,
+        outer_momentum=0.0,
+    )
+    train_step = sasg_jax.make_train_step(direction, tx, num_workers=problems.M, driver=driver)
+    state = train_step.init(problems.quadratic_params())
+    for t in range(rounds):
+        state, _ = jax.block_until_ready(train_step.step(state, problems.at(centres, t)))
+    params, states = _alone(inner, centres, rounds)
+    for got, want in ((state.params, params), (state.direction, states)):
+        leaves = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+        for x, y in leaves:
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+    counts = [x for x in jax.tree.leaves(state.direction) if jnp.issubdtype(x.dtype, jnp.integer)]
+    counts = [x for x in counts if x.tolist() == [rounds * STEPS] * problems.M]
+    assert counts or name == "value"
+
+
+def test_bfloat16_inside_a_flax_model_keeps_float32_outside():
+    """Parameters, what is sent, residuals and moments; its loss may be bfloat16, too."""
+    nn = pytest.importorskip("flax.linen")
+    model = nn.Dense(3, dtype=jnp.bfloat16)  # computes in it, has float32 parameters
+
+    def loss_fn(params, batch):
+        out = model.apply(params, batch)
+        assert out.dtype == jnp.bfloat16
+        return jnp.mean((out - 1) ** 2)
+
+    direction, tx = sasg_jax.sparse_loco(
+        loss_fn,
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05)),
+        num_workers=2,
+        steps=STEPS,
+        accumulate=ACCUMULATED,
+        tile=2,
+        density=0.5,
+        downlink=sasg_jax.top_k(0.5),
+    )
+    train_step = sasg_jax.make_train_step(direction, tx, num_workers=2)
+    state = train_step.init(model.init(jax.random.key(0), jnp.ones((1, 4))))
+    batch = np.random.default_rng(0).normal(size=(2, STEPS, ACCUMULATED, 8, 4)).astype(np.float32)
+    losses = []
+    for _ in range(10):
+        state, info = train_step.step(state, batch)
+        assert info.finite.all()
+        losses.append(float(info.loss.mean()))
+    assert losses[-1] < 0.7 * losses[0]
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+
+
 def test_counts_of_gradients():
     loss = problems.quadratic_loss
     assert sasg_jax.gradient(loss, accumulate=4).gradients == 4
@@ -166,6 +322,10 @@ def test_counts_of_gradients():
         (
             lambda loss: sasg_jax.local_steps(loss, optax.sgd(0.1), steps=0),
             "steps=0 to be an integer of at least 1",
+        ),
+        (
+            lambda loss: sasg_jax.local_steps(loss, optax.sgd(0.1), steps=1, accumulate=0),
+            "accumulate=0 to be an integer of at least 1",
         ),
         (
             lambda loss: sasg_jax.local_steps(loss, 0.1, steps=2),  # pyright: ignore

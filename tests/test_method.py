@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sasg_jax
+from sasg_jax import exchanges
 from sasg_jax.compressors import Compressed
 
 M = 4
@@ -66,6 +67,9 @@ def _make(*parts, **kwargs):
         # Someone who drops out of a mean must say so.
         ((IDENTITY,), {"silence": "drop"}, "none()", "drop", "lazy"),
         ((_takes_means(),), {}, "residual()", "keep", "psum"),
+        # A sum does not tell how many have sent a coordinate.
+        ((IDENTITY,), {"mean": "senders"}, "none()", "keep", "gather"),
+        ((TOP_K, TURN), {"mean": "senders"}, "residual()", "keep", "lazy"),
     ],
 )
 def test_what_suits(parts, kwargs, feedback, silence, exchange):
@@ -224,6 +228,32 @@ def test_settings_tell_methods_apart():
             (TOP_K,),
             {"exchange": "gather", "downlink": TOP_K},
             "Expected exchange='gather' to be 'server' or 'sharded' for downlink=...",
+        ),
+        ((), {"mean": "all"}, "Expected mean='all' to be one of 'workers', 'senders'."),
+        (
+            (TOP_K,),
+            {"mean": "senders", "feedback": sasg_jax.reconstruction()},
+            "Expected mean='senders' to be 'workers' for reconstruction(), of which the server ke",
+        ),
+        (
+            (_takes_means(),),
+            {"mean": "senders"},
+            "Expected mean='senders' to be 'workers' for means(), which takes means",
+        ),
+        (
+            (IDENTITY,),
+            {"mean": "senders", "exchange": "psum"},
+            "Expected exchange='psum' to be another for mean='senders': a sum does not tell how m",
+        ),
+        (
+            (IDENTITY,),
+            {
+                "mean": "senders",
+                "exchange": dataclasses.replace(
+                    exchanges.EXCHANGES["psum"], name="ring", refuses=lambda needs: None
+                ),
+            },
+            "Expected mean='senders' to be 'workers' for exchange='ring', which collects a sum.",
         ),
         ((), {"axis_name": ""}, "Expected axis_name='' to be a non-empty string."),
     ],

@@ -2,6 +2,7 @@
 
 import functools
 
+import by_hand
 import chex
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,63 @@ def test_what_a_silent_worker_counts_as(silence, steps):
             problems.to_numpy(step), jax.tree.map(lambda x, w=want: np.full_like(x, w), PARAMS)
         )
     assert int(server.round) == 3
+
+
+@pytest.mark.parametrize(
+    ("silence", "steps"),
+    [("reuse", [2.5, (10 + 2 + 3 + 40) / 4]), ("keep", [2.5, 25.0]), ("drop", [2.5, 25.0])],
+)
+def test_mean_over_senders_of_who_is_silent(silence, steps):
+    """As above: a last message that counts again has been sent, nothing has not."""
+    method = sasg_jax.make_method(
+        sasg_jax.identity(), RULE, num_workers=M, silence=silence, mean="senders"
+    )
+    half = jax.jit(functools.partial(server_half, method))
+    server = init_server(method, PARAMS)
+    uploads = ([1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0])
+    messages = ([1, 2, 3, 4], [10, 99, 99, 40], [99, 99, 99, 99])
+    last = steps[-1] if silence == "reuse" else 0.0
+    for uploaded, values, want in zip(uploads, messages, [*steps, last], strict=True):
+        step, server = half(server, _messages(values), np.asarray(uploaded, bool), PARAMS)
+        for x in jax.tree.leaves(step):
+            assert np.unique(x).tolist() == [want]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "silence"),
+    [
+        ("gather", "keep"),
+        ("lazy", "drop"),
+        ("relay", "keep"),
+        ("server", "drop"),
+        ("sharded", "keep"),
+        ("sharded", "drop"),
+    ],
+)
+def test_mean_over_senders_over_any_exchange(exchange, silence):
+    """Of directions with holes, from workers in turns: coordinate by coordinate, and replicas have
+    the same bits."""
+    rounds, rng = 4, np.random.default_rng(0)
+    shapes = {"b": (6,), "w": (4, 6)}
+    batches = {k: rng.normal(size=(rounds, M, *s)).astype(np.float32) for k, s in shapes.items()}
+    batches = {k: np.where(rng.random(x.shape) < 0.5, x, 0) for k, x in batches.items()}
+    how = {"exchange": exchange, "silence": silence, "mean": "senders"}
+    tx = sasg_jax.compressed_sgd(1.0, sasg_jax.identity(), sasg_jax.every(2), num_workers=M, **how)
+    loss = lambda params, batch: sum(jnp.vdot(params[k], batch[k]) for k in params)
+    train_step = sasg_jax.make_train_step(loss, tx, num_workers=M, driver="shard_map")
+    state = train_step.init(problems.quadratic_params())
+    for t in range(rounds):
+        state, _ = jax.block_until_ready(train_step.step(state, problems.at(batches, t)))
+    for key in shapes:
+        want, kept = np.zeros(shapes[key]), np.zeros((M, *shapes[key]))
+        for t in range(rounds):
+            turn = ((t + np.arange(M)) % 2 == 0).reshape(-1, *[1] * len(shapes[key]))
+            pending = batches[key][t] + kept
+            if silence == "keep":
+                kept = np.where(turn, 0, pending)
+            want -= by_hand.senders_mean(np.where(turn, pending, 0))
+        np.testing.assert_allclose(state.params[key], want, rtol=1e-5, atol=1e-6)
+    assert problems.same_on_all_devices(state.params)
 
 
 def test_way_down_conserves():

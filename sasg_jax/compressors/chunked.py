@@ -150,6 +150,8 @@ def chunked_top_k(
         return Compressed(messages, treedef.unflatten(remainders), memory)
 
     def by_leaf(fn):
+        """Of the parts of a message, one for each leaf, a tree like ``like``."""
+
         def of_tree(parts, like, key=None):
             leaves, treedef = jax.tree.flatten(like)
             return treedef.unflatten([fn(*pair) for pair in zip(parts, leaves, strict=True)])
@@ -167,7 +169,7 @@ def chunked_top_k(
         compress=compress,
         decompress_sum=by_leaf(decompress_sum_leaf),
         expand=by_leaf(lambda message, leaf: add(empty(leaf), message, leaf)),
-        restore=by_leaf(restore_leaf),
+        restore=lambda numbers, like: jax.tree.map(restore_leaf, numbers, like),
         num_values=lambda tree: sum(x.num_tiles * num_kept(x) for x in tilings(tree)),
     )
 
@@ -260,7 +262,8 @@ def cosines(size: int) -> np.ndarray:
     frequency, place = np.arange(size)[:, None], np.arange(size)[None]
     rows = np.cos(np.pi * frequency * (2 * place + 1) / (2 * size)) * np.sqrt(2 / size)
     rows[0] /= np.sqrt(2)
-    return rows
+    # A cosine that is zero is not to be what rounding makes of it, for whoever asks for signs.
+    return np.where(np.abs(rows) < 1e-12, 0, rows)
 
 
 def _fitting(x: jax.Array, dtype: Any) -> jax.Array:

@@ -6,10 +6,11 @@ import pytest
 
 from sasg_jax.exchanges import EXCHANGES, Needs, choose
 
-ALL_NEEDS = [Needs(*flags) for flags in itertools.product([False, True], repeat=4)]
+ALL_NEEDS = [Needs(*flags) for flags in itertools.product([False, True], repeat=5)]
 BY_HAND = {
-    # always, linear, mean_inside, downlink
+    # always, linear, mean_inside, downlink, by_sender
     Needs(True, True, False, False): "psum",
+    Needs(True, True, False, False, True): "gather",
     Needs(True, False, True, False): "psum",
     Needs(True, False, False, False): "gather",
     Needs(False, False, False, False): "lazy",
@@ -26,7 +27,7 @@ def test_suits(needs):
 
 @pytest.mark.parametrize("needs", ALL_NEEDS, ids=str)
 def test_what_suits_can_serve(needs):
-    if needs.mean_inside and (needs.downlink or not needs.always):
+    if needs.mean_inside and (needs.downlink or needs.by_sender or not needs.always):
         return  # make_method refuses these first
     suited = choose(None, needs)
     assert choose(suited.name, needs) is choose(suited, needs) is suited
@@ -36,7 +37,8 @@ def test_what_suits_can_serve(needs):
 @pytest.mark.parametrize("needs", ALL_NEEDS, ids=str)
 def test_refuses_what_it_cannot_serve(needs, name):
     if name == "psum":
-        fits = needs.always and (needs.linear or needs.mean_inside) and not needs.downlink
+        fits = needs.always and (needs.linear or needs.mean_inside)
+        fits = fits and not needs.downlink and not needs.by_sender
     else:
         sends_a_step = name in ("server", "sharded")
         fits = not needs.mean_inside and (sends_a_step or not needs.downlink)
