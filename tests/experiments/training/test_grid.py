@@ -155,11 +155,12 @@ def test_other_methods_do_not_write_over_what_was_tuned_before(tmp_path):
 
 
 def test_a_setting_that_diverges_is_not_the_best(tmp_path, capsys):
-    command = "compare digits --methods sgd --learning-rates 1e6 0.5 --width 8 --iterations 40"
-    cli.main([*command.split(), "--target", "0.2", "--quiet", "--out", str(tmp_path)])
+    command = "compare digits --methods sgd --learning-rates 1e18 0.5 --optimizer sgd --width 8"
+    command += " --iterations 40 --target 0.2 --quiet"
+    cli.main([*command.split(), "--out", str(tmp_path)])
     best = json.loads((tmp_path / "best.json").read_text())["methods"]["sgd"]
     assert best["best"] == {"learning_rate": 0.5}
-    assert best["tried"][0] == {"learning_rate": 1e6, "seed": 1, "diverged": True}
+    assert best["tried"][0] == {"learning_rate": 1e18, "seed": 1, "diverged": True}
     assert "In turn" not in capsys.readouterr().out
 
 
