@@ -12,7 +12,7 @@ import tyro
 from rich.table import Table
 
 from experiments.configs import CONFIGS
-from experiments.methods import EXCHANGES, METHODS, MethodName, make_optimizer
+from experiments.methods import EXCHANGES, METHODS, MethodName, OptimizerName, make_optimizer
 from experiments.options import INDICES, VALUES, optional
 from experiments.report.tables import format_bytes, numbers_table
 from experiments.wire import network
@@ -36,11 +36,11 @@ class Wire:
     root, the processes are joined over loopback: bytes are then those of all together, and no link
     is slow.
 
-    Images are made up; nothing is downloaded. Prints two tables, and writes wire.json (every round)
+    Data are made up; nothing is downloaded. Prints two tables, and writes wire.json (every round)
     and wire.png.
     """
 
-    config: tyro.conf.Positional[Literal["mnist_fc", "cifar10_resnet18"]] = "mnist_fc"
+    config: tyro.conf.Positional[Literal["mnist_fc", "cifar10_resnet18", "stdlib_lm"]] = "mnist_fc"
     """Which model and settings."""
     hosts: int = 4
     """How many hosts, with one worker each."""
@@ -50,7 +50,9 @@ class Wire:
     """One way from host to host: a number with us, ms or s. Needs the kernel's netem."""
     rounds: int = 20
     """How many rounds of each method and exchange."""
-    methods: tuple[MethodName, ...] = tuple(METHODS)
+    methods: tuple[MethodName, ...] = tuple(
+        name for name, row in METHODS.items() if not (row.recipe or row.optimizer)
+    )
     """Which methods to measure."""
     exchanges: Annotated[tuple[str, ...], optional("NAME ...", "those that suit a method")] = ()
     """Over which exchanges, of psum, gather, lazy, relay, server and sharded."""
@@ -60,7 +62,18 @@ class Wire:
     upload_fraction: float = 0.4
     """Without compute: how many of the workers upload in each round of lasg and sasg."""
     width: Annotated[int | None, optional("INT")] = None
-    """Hidden units of the fully connected network, or channels of the ResNet18's first stage."""
+    """Hidden units of the fully connected network, channels of the ResNet18's first stage, or those
+    of the transformer."""
+    density: Annotated[float | None, optional("FLOAT", "the method's")] = None
+    """Part of the entries that the sparse methods send, in (0, 1]."""
+    down_density: Annotated[float | None, optional("FLOAT", "that up")] = None
+    """Part of the entries that the server sends back."""
+    local_steps: Annotated[int | None, optional("INT", "the configuration's")] = None
+    """Steps of each worker's own in a round."""
+    inner: Annotated[OptimizerName | None, optional("NAME", "the configuration's")] = None
+    """With what it makes them."""
+    period: Annotated[int | None, optional("INT", "the method's")] = None
+    """Rounds from one turn of a worker to its next."""
     values: Annotated[VALUES | None, optional("NAME", "the method's")] = None
     """How the sparse methods write values: plain, bfloat16, sign, sign2, sign4, sign8."""
     indices: Annotated[INDICES | None, optional("NAME", "the method's")] = None
@@ -119,7 +132,7 @@ def work(command: Wire, arguments: Sequence[str]) -> None:
     console.print(f"Results: {path}\nFigure:  {figure}", soft_wrap=True)
 
 
-SETTINGS = ("width", "values", "indices")
+SETTINGS = ("width density down_density local_steps inner period values indices").split()
 """Of a configuration, what may be changed."""
 
 
@@ -131,20 +144,29 @@ def settings_of(command: Wire) -> dict[str, Any]:
 
 def check(command: Wire) -> list[tuple[str, str]]:
     """The pairs of methods and exchanges to measure; raises ValueError for bad options."""
-    for name, least in (("hosts", 2), ("rounds", 1), ("width", 1)):
+    least_of = {"hosts": 2, "rounds": 1, "width": 1, "local_steps": 1, "period": 1}
+    for name, least in least_of.items():
         value = getattr(command, name)
         if value is not None and value < least:
-            raise ValueError(f"Expected --{name}={value} to be at least {least}.")
+            option = f"--{name.replace('_', '-')}={value}"
+            raise ValueError(f"Expected {option} to be at least {least}.")
+    for name in ("density", "down_density"):
+        value = getattr(command, name)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"Expected --{name.replace('_', '-')}={value} in (0, 1].")
     if not 0 <= command.upload_fraction <= 1:
         raise ValueError(f"Expected --upload-fraction={command.upload_fraction} in [0, 1].")
     network.Network(command.hosts, command.rate, command.delay)  # raises for a malformed rate
+    from experiments.training import grid  # imports jax
+
     for exchange in command.exchanges:
         if exchange not in EXCHANGES:
             raise ValueError(f"Expected --exchanges={exchange} to be of {', '.join(EXCHANGES)}.")
     pairs = []
     for method in command.methods:
         for exchange in command.exchanges or METHODS[method].exchanges:
-            config = dataclasses.replace(CONFIGS[command.config], exchange=exchange)
+            base = dataclasses.replace(CONFIGS[command.config], **settings_of(command))
+            config = grid.of_method(dataclasses.replace(base, exchange=exchange), method, None)
             with contextlib.suppress(ValueError):  # an exchange that this method cannot take
                 make_optimizer(config, method)
                 pairs.append((method, exchange))

@@ -14,21 +14,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sasg_jax
 from experiments.configs import CONFIGS
-from experiments.methods import make_optimizer
-from experiments.training.models import make_model
+from experiments.data.made_up import made_up
+from experiments.methods import make
+from experiments.training import grid
+from experiments.training.tasks import make_task
 from sasg_jax.exchanges.shards import one_shard
 from sasg_jax.states import find_state
 
 PyTree = Any
 
-IMAGE_SHAPES = {"mlp": (28, 28, 1), "resnet18": (32, 32, 3)}
 _AXIS = "workers"
 
 
@@ -59,29 +59,30 @@ class Host:
         self.config = dataclasses.replace(CONFIGS[config], num_workers=count, **settings)
         self.index = index
         self._mesh = Mesh(np.asarray(jax.devices()), (_AXIS,))
-        self._model = make_model(self.config, num_classes=10)
-        images = jnp.zeros((1, *IMAGE_SHAPES[self.config.model]))
-        key = jax.random.key(0)
-        self._variables = functools.partial(self._model.init, key, images, train=True)
+        self._data = made_up(self.config, index)
+        self._task = make_task(self.config, made_up(self.config, 0))  # the same on all hosts
+        self._variables = functools.partial(self._task.init, jax.random.key(0))
 
     def prepare(self, method: str, exchange: str, compute: bool) -> dict[str, Any]:
         """Builds and compiles the programs of one method over one exchange. Returns the ledger, and
         bytes of the live arrays of the state that this worker has on its device."""
         config = dataclasses.replace(self.config, exchange=exchange)
-        tx = make_optimizer(config, method)
-        params = jax.eval_shape(self._variables)["params"]
+        config = grid.of_method(config, method, None)
+        has_model_state = bool(jax.eval_shape(self._variables)[1])
+        direction, tx = make(config, method, self._task.loss, has_model_state=has_model_state)
+        params = jax.eval_shape(self._variables)[0]
         # One after another: what of an earlier method is still in memory is not needed.
         self._state: Any = None
         self._train_step = self._batches = None
         self._make_exchange(tx.method, params)
         self.exchange_only(True, time.monotonic(), 1)
         if compute:
-            self._make_train_step(tx)
+            self._make_train_step(direction, tx)
             self.whole_round(time.monotonic())
             self._reset()
             opt_state = self._state.opt_state
         else:
-            opt_state = tx.init(self._variables()["params"])
+            opt_state = tx.init(self._variables()[0])
         state = find_state(opt_state)
         return {
             # What the rule keeps of past parameters and steps is the same on every worker.
@@ -109,43 +110,31 @@ class Host:
         jax.block_until_ready([self._exchange(*self._messages, flag) for _ in range(repeats)])
         return {"end": time.monotonic()}
 
-    def _make_train_step(self, tx: optax.GradientTransformation) -> None:
-        has_model_state = "batch_stats" in jax.eval_shape(self._variables)
-
-        def loss_fn(params, batch, *, model_state=None):
-            images, labels = batch
-            variables = {"params": params, "batch_stats": model_state or {}}
-            logits, written = self._model.apply(
-                variables, images, train=True, mutable=["batch_stats"]
-            )
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return (loss, written["batch_stats"]) if has_model_state else loss
-
+    def _make_train_step(
+        self, direction: sasg_jax.Direction, tx: optax.GradientTransformation
+    ) -> None:
+        self._steps = () if direction.steps is None else (direction.steps,)
         self._train_step = sasg_jax.make_train_step(
-            loss_fn,
+            direction,
             tx,
             num_workers=self.config.num_workers,
             driver="shard_map",
             devices=jax.devices(),
-            has_model_state=has_model_state,
         )
         self._reset()
 
     def _reset(self) -> None:
         assert self._train_step is not None
-        variables = self._variables()
-        self._state = self._train_step.init(variables["params"], variables.get("batch_stats", {}))
-        self._batches = self._images()
+        self._state = self._train_step.init(*self._variables())
+        self._batches = self._examples()
 
-    def _images(self) -> Iterator[PyTree]:
-        """This worker's batches: ten noisy images, one for each class, made up."""
-        shape, size = IMAGE_SHAPES[self.config.model], self.config.batch_size
-        means = np.random.default_rng(0).normal(size=(10, *shape)).astype(np.float32)
-        rng = np.random.default_rng([1, self.index])
+    def _examples(self) -> Iterator[PyTree]:
+        """This worker's batches, of made-up data."""
+        shape = (*self._steps, self.config.batch_size)
+        rng = np.random.default_rng([2, self.index])
         while True:
-            labels = rng.integers(10, size=size, dtype=np.int32)
-            noise = rng.normal(size=(size, *shape)).astype(np.float32)
-            yield means[labels] + 2 * noise, labels
+            chosen = rng.integers(len(self._data.train[0]), size=shape)
+            yield tuple(array[chosen] for array in self._data.train)
 
     def _make_exchange(self, method: sasg_jax.Method, params: PyTree) -> None:
         """The collectives of a round, on messages of the sizes that the method's have."""
