@@ -198,3 +198,14 @@ def test_mapped_axis():
         ValueError, match=r"^Expected axis_name='workers' to be a mapped axis, but "
     ):
         jax.vmap(check, axis_name="others")(jnp.ones(3))
+
+
+@pytest.mark.parametrize("value", [0, 2, 0.5, np.float32(3), jnp.float32(1e6)])
+def test_bounds(value):
+    assert _checks.check_bound("c", value) == value
+
+
+@pytest.mark.parametrize("value", [-1e-9, np.nan, np.inf, True, "1", None, jnp.ones(2)])
+def test_what_is_no_bound(value):
+    with pytest.raises(ValueError, match=r"^Expected c=.* to be a finite number of at least 0\.$"):
+        _checks.check_bound("c", value)
