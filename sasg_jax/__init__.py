@@ -8,7 +8,7 @@ rules, feedback, compressors, coders and exchanges, of which :func:`sasg_jax.com
 import importlib.metadata
 
 from sasg_jax import coders, exchanges
-from sasg_jax.algorithms import lasg, sasg, sasg_keep, sgd, sparse_sgd, turn_sgd
+from sasg_jax.algorithms import cada, lasg, sasg, sasg_keep, sgd, sparse_sgd, turn_sgd
 from sasg_jax.coders import IndexCoder, ValueCoder
 from sasg_jax.compressors import Compressed, Compressor, MessageSize, identity, top_k
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
@@ -23,6 +23,7 @@ from sasg_jax.rules import (
     Rule,
     View,
     always,
+    cada_rule,
     direction_change,
     every,
     held_rate,
@@ -57,11 +58,12 @@ __all__ = [
     "Evaluation", "Exchange", "Feedback", "IndexCoder", "Ledger", "Links", "MessageSize", "Method",
     "Needs", "Parts", "PipelineState", "Post", "Reconstruction", "Residual", "Round", "RoundInfo",
     "Rule", "ServerState", "Traffic", "TrainState", "TrainStep", "Transformation", "ValueCoder",
-    "View", "WorkerState", "aggregate", "always", "coders", "compressed_sgd", "diagnostics",
-    "direction_change", "every", "exchanges", "gradient", "held_rate", "identity", "init_server",
-    "init_worker", "innovation", "lasg", "local_steps", "make_method", "make_train_step",
-    "mean_model_state", "message_share", "none", "on_devices", "on_mesh", "per_worker", "pipeline",
-    "reconstruction", "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep",
-    "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k",
-    "turn_sgd", "worker_axes", "worker_half", "worker_round", "worker_specs",
+    "View", "WorkerState", "aggregate", "always", "cada", "cada_rule", "coders", "compressed_sgd",
+    "diagnostics", "direction_change", "every", "exchanges", "gradient", "held_rate", "identity",
+    "init_server", "init_worker", "innovation", "lasg", "local_steps", "make_method",
+    "make_train_step", "mean_model_state", "message_share", "none", "on_devices", "on_mesh",
+    "per_worker", "pipeline", "reconstruction", "released_alpha", "residual", "residual_norm",
+    "sasg", "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd",
+    "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
+    "worker_specs",
 ]

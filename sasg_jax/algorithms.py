@@ -34,9 +34,9 @@ import optax
 from sasg_jax.coders import IndexCoder, ValueCoder
 from sasg_jax.compressors import Compressor, identity, top_k
 from sasg_jax.method import Parts
-from sasg_jax.rules import Rule, always, every, innovation, released_alpha
+from sasg_jax.rules import Rule, always, cada_rule, every, innovation, released_alpha
 from sasg_jax.rules.innovation import Alpha, AlphaFn
-from sasg_jax.transform import Transformation, compressed_sgd, flat
+from sasg_jax.transform import Transformation, aggregate, compressed_sgd, flat, pipeline
 
 
 class SparseParts(Parts, total=False):
@@ -156,3 +156,26 @@ _OF_TOP_K = "scope", "selection", "values", "indices"
 def _rule(alpha: Any, num_workers: int, max_staleness: int, history: int, share: bool) -> Rule:
     alpha = released_alpha(0.5, num_workers) if alpha is None else alpha
     return innovation(alpha, max_staleness=max_staleness, history=history, share_stale_params=share)
+
+
+# The neighbours, by the names that their authors gave them ------------------------------------
+
+
+def cada(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    c: float = 1.0,
+    history: int = 10,
+    max_staleness: int = 50,
+    snapshot: bool = False,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """CADA2, and with ``snapshot`` CADA1: AMSGrad, from the last gradients of workers that send
+    when theirs has changed enough. See :func:`sasg_jax.cada_rule`. (optax's AMSGrad corrects the
+    bias of its first rounds; the authors' does not.)"""
+    rule = cada_rule(c, history=history, max_staleness=max_staleness, snapshot=snapshot)
+    ours = aggregate(identity(), rule, num_workers=num_workers, **parts)
+    return pipeline(ours, optax.amsgrad(learning_rate, b1, b2))
