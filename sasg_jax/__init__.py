@@ -8,9 +8,22 @@ rules, feedback, compressors, coders and exchanges, of which :func:`sasg_jax.com
 import importlib.metadata
 
 from sasg_jax import coders, exchanges
-from sasg_jax.algorithms import cada, lasg, sasg, sasg_keep, sgd, sparse_sgd, turn_sgd
+from sasg_jax.algorithms import (
+    cada,
+    clag,
+    cmfl,
+    csgd,
+    lag,
+    laq,
+    lasg,
+    sasg,
+    sasg_keep,
+    sgd,
+    sparse_sgd,
+    turn_sgd,
+)
 from sasg_jax.coders import IndexCoder, ValueCoder
-from sasg_jax.compressors import Compressed, Compressor, MessageSize, identity, top_k
+from sasg_jax.compressors import Compressed, Compressor, MessageSize, grid, identity, top_k
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
 from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
 from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
@@ -24,10 +37,14 @@ from sasg_jax.rules import (
     View,
     always,
     cada_rule,
+    clag_rule,
+    cmfl_rule,
     direction_change,
     every,
     held_rate,
     innovation,
+    lag_rule,
+    laq_rule,
     message_share,
     released_alpha,
     residual_norm,
@@ -58,9 +75,10 @@ __all__ = [
     "Evaluation", "Exchange", "Feedback", "IndexCoder", "Ledger", "Links", "MessageSize", "Method",
     "Needs", "Parts", "PipelineState", "Post", "Reconstruction", "Residual", "Round", "RoundInfo",
     "Rule", "ServerState", "Traffic", "TrainState", "TrainStep", "Transformation", "ValueCoder",
-    "View", "WorkerState", "aggregate", "always", "cada", "cada_rule", "coders", "compressed_sgd",
-    "diagnostics", "direction_change", "every", "exchanges", "gradient", "held_rate", "identity",
-    "init_server", "init_worker", "innovation", "lasg", "local_steps", "make_method",
+    "View", "WorkerState", "aggregate", "always", "cada", "cada_rule", "clag", "clag_rule", "cmfl",
+    "cmfl_rule", "coders", "compressed_sgd", "csgd", "diagnostics", "direction_change", "every",
+    "exchanges", "gradient", "grid", "held_rate", "identity", "init_server", "init_worker",
+    "innovation", "lag", "lag_rule", "laq", "laq_rule", "lasg", "local_steps", "make_method",
     "make_train_step", "mean_model_state", "message_share", "none", "on_devices", "on_mesh",
     "per_worker", "pipeline", "reconstruction", "released_alpha", "residual", "residual_norm",
     "sasg", "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd",

@@ -27,14 +27,26 @@ References: Deng et al., `Communication-Efficient Distributed Learning via Spars
 Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
 """
 
+from collections.abc import Callable
 from typing import Any, Unpack, cast
 
 import optax
 
 from sasg_jax.coders import IndexCoder, ValueCoder
-from sasg_jax.compressors import Compressor, identity, top_k
+from sasg_jax.compressors import Compressor, grid, identity, top_k
 from sasg_jax.method import Parts
-from sasg_jax.rules import Rule, always, cada_rule, every, innovation, released_alpha
+from sasg_jax.rules import (
+    Rule,
+    always,
+    cada_rule,
+    clag_rule,
+    cmfl_rule,
+    every,
+    innovation,
+    lag_rule,
+    laq_rule,
+    released_alpha,
+)
 from sasg_jax.rules.innovation import Alpha, AlphaFn
 from sasg_jax.transform import Transformation, aggregate, compressed_sgd, flat, pipeline
 
@@ -177,5 +189,90 @@ def cada(
     when theirs has changed enough. See :func:`sasg_jax.cada_rule`. (optax's AMSGrad corrects the
     bias of its first rounds; the authors' does not.)"""
     rule = cada_rule(c, history=history, max_staleness=max_staleness, snapshot=snapshot)
-    ours = aggregate(identity(), rule, num_workers=num_workers, **parts)
+    ours = aggregate(identity(), rule, num_workers=num_workers, **flat(parts))
     return pipeline(ours, optax.amsgrad(learning_rate, b1, b2))
+
+
+def lag(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    xi: float = 0.1,
+    history: int = 10,
+    max_staleness: int | None = None,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """LAG-WK: gradient descent, from workers whose gradient the server lacks much of. See
+    :func:`sasg_jax.lag_rule`."""
+    rule = lag_rule(xi, history=history, max_staleness=max_staleness)
+    return _before_sgd(learning_rate, identity(), rule, num_workers, parts)
+
+
+def csgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    slack: float | Callable[[Any], Any],
+    xi: float = 1 / 600,
+    history: int = 10,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """CSGD: LAG with a slack that shrinks, e.g. ``lambda t: 0.1 * 0.991**t``, for batches that
+    grow; these are yours to make. See :func:`sasg_jax.lag_rule`."""
+    rule = lag_rule(xi, history=history, slack=slack)
+    return _before_sgd(learning_rate, identity(), rule, num_workers, parts)
+
+
+def laq(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    bits: int = 3,
+    xi: float = 0.08,
+    history: int = 10,
+    max_staleness: int = 100,
+    errors: float = 3.0,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """LAQ, and with mini-batches SLAQ: LAG with messages of ``bits`` bits for each entry. See
+    :func:`sasg_jax.laq_rule`."""
+    rule = laq_rule(xi, history=history, max_staleness=max_staleness, errors=errors)
+    return _before_sgd(learning_rate, grid(bits, scope="tree"), rule, num_workers, parts)
+
+
+def clag(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    density: float = 0.01,
+    zeta: float = 10.0,
+    max_staleness: int | None = None,
+    **parts: Unpack[SparseParts],
+) -> Transformation:
+    """CLAG: EF21 from workers whose gradient the server lacks much of. See
+    :func:`sasg_jax.clag_rule`."""
+    top, rest = _take_top_k(density, parts)
+    rule = clag_rule(zeta, max_staleness=max_staleness)
+    return _before_sgd(learning_rate, top, rule, num_workers, rest)
+
+
+def cmfl(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    relevance: float | Callable[[Any], Any] | None = None,
+    max_staleness: int | None = None,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """CMFL: the mean over workers that agree with where all went last. See
+    :func:`sasg_jax.cmfl_rule`, which serves local steps, too."""
+    rule = cmfl_rule(relevance, max_staleness=max_staleness)
+    return compressed_sgd(learning_rate, identity(), rule, num_workers=num_workers, **parts)
+
+
+def _before_sgd(
+    learning_rate: Any, compressor: Compressor, rule: Rule, num_workers: int, parts: Any
+) -> Transformation:
+    """With the rate outside, as it is where both sides keep gradients."""
+    ours = aggregate(compressor, rule, num_workers=num_workers, **flat(parts))
+    return pipeline(ours, optax.sgd(learning_rate))

@@ -1,7 +1,9 @@
 """Compressors: what a worker sends of its direction."""
 
 from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
+from sasg_jax.compressors.grid import GridMessage, grid
 from sasg_jax.compressors.identity import identity
 from sasg_jax.compressors.top_k import TopKMessage, top_k
 
-__all__ = ["Compressed", "Compressor", "MessageSize", "TopKMessage", "identity", "top_k"]
+__all__ = ["Compressed", "Compressor", "GridMessage", "MessageSize", "TopKMessage", "grid"]
+__all__ += ["identity", "top_k"]
