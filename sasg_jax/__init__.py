@@ -13,6 +13,9 @@ from sasg_jax.algorithms import (
     clag,
     cmfl,
     csgd,
+    dgc,
+    diana,
+    ef21,
     lag,
     laq,
     lasg,
@@ -27,7 +30,17 @@ from sasg_jax.compressors import Compressed, Compressor, MessageSize, grid, iden
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
 from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
 from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
-from sasg_jax.feedback import Feedback, Reconstruction, Residual, none, reconstruction, residual
+from sasg_jax.feedback import (
+    AveragedReconstruction,
+    Feedback,
+    MomentumResidual,
+    Reconstruction,
+    Residual,
+    momentum_residual,
+    none,
+    reconstruction,
+    residual,
+)
 from sasg_jax.ledger import Ledger
 from sasg_jax.method import Method, Parts, make_method
 from sasg_jax.rules import (
@@ -71,17 +84,18 @@ except importlib.metadata.PackageNotFoundError:  # run from a folder that was ne
 
 # fmt: off
 __all__ = [
-    "AggregateState", "Compressed", "Compressor", "Decision", "Diagnostics", "Direction",
-    "Evaluation", "Exchange", "Feedback", "IndexCoder", "Ledger", "Links", "MessageSize", "Method",
-    "Needs", "Parts", "PipelineState", "Post", "Reconstruction", "Residual", "Round", "RoundInfo",
-    "Rule", "ServerState", "Traffic", "TrainState", "TrainStep", "Transformation", "ValueCoder",
-    "View", "WorkerState", "aggregate", "always", "cada", "cada_rule", "clag", "clag_rule", "cmfl",
-    "cmfl_rule", "coders", "compressed_sgd", "csgd", "diagnostics", "direction_change", "every",
+    "AggregateState", "AveragedReconstruction", "Compressed", "Compressor", "Decision",
+    "Diagnostics", "Direction", "Evaluation", "Exchange", "Feedback", "IndexCoder", "Ledger",
+    "Links", "MessageSize", "Method", "MomentumResidual", "Needs", "Parts", "PipelineState", "Post",
+    "Reconstruction", "Residual", "Round", "RoundInfo", "Rule", "ServerState", "Traffic",
+    "TrainState", "TrainStep", "Transformation", "ValueCoder", "View", "WorkerState", "aggregate",
+    "always", "cada", "cada_rule", "clag", "clag_rule", "cmfl", "cmfl_rule", "coders",
+    "compressed_sgd", "csgd", "dgc", "diagnostics", "diana", "direction_change", "ef21", "every",
     "exchanges", "gradient", "grid", "held_rate", "identity", "init_server", "init_worker",
     "innovation", "lag", "lag_rule", "laq", "laq_rule", "lasg", "local_steps", "make_method",
-    "make_train_step", "mean_model_state", "message_share", "none", "on_devices", "on_mesh",
-    "per_worker", "pipeline", "reconstruction", "released_alpha", "residual", "residual_norm",
-    "sasg", "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd",
-    "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
-    "worker_specs",
+    "make_train_step", "mean_model_state", "message_share", "momentum_residual", "none",
+    "on_devices", "on_mesh", "per_worker", "pipeline", "reconstruction", "released_alpha",
+    "residual", "residual_norm", "sasg", "sasg_keep", "server_half", "sgd", "simulate",
+    "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k", "turn_sgd", "worker_axes",
+    "worker_half", "worker_round", "worker_specs",
 ]

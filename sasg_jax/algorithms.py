@@ -34,6 +34,7 @@ import optax
 
 from sasg_jax.coders import IndexCoder, ValueCoder
 from sasg_jax.compressors import Compressor, grid, identity, top_k
+from sasg_jax.feedback import momentum_residual, reconstruction
 from sasg_jax.method import Parts
 from sasg_jax.rules import (
     Rule,
@@ -238,6 +239,51 @@ def laq(
     :func:`sasg_jax.laq_rule`."""
     rule = laq_rule(xi, history=history, max_staleness=max_staleness, errors=errors)
     return _before_sgd(learning_rate, grid(bits, scope="tree"), rule, num_workers, parts)
+
+
+def ef21(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    density: float = 0.01,
+    momentum: float | None = None,
+    **parts: Unpack[SparseParts],
+) -> Transformation:
+    """EF21: everybody sends the top k of what the server lacks, and with ``momentum`` η of what it
+    lacks of a moving average. See :func:`sasg_jax.reconstruction`."""
+    top, rest = _take_top_k(density, parts)
+    rest = cast(Parts, {"feedback": reconstruction(momentum=momentum)} | rest)
+    return _before_sgd(learning_rate, top, always(), num_workers, rest)
+
+
+def diana(
+    learning_rate: optax.ScalarOrSchedule,
+    compressor: Compressor,
+    *,
+    num_workers: int,
+    damping: float,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """DIANA: everybody sends what the server lacks, by an unbiased compressor of variance ω and
+    with a ``damping`` of at most 1/(1 + ω). See :func:`sasg_jax.reconstruction`."""
+    rest = cast(Parts, {"feedback": reconstruction(damping=damping)} | flat(parts))
+    return _before_sgd(learning_rate, compressor, always(), num_workers, rest)
+
+
+def dgc(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    density: float = 0.001,
+    momentum: float = 0.9,
+    masking: bool = True,
+    **parts: Unpack[SparseParts],
+) -> Transformation:
+    """Deep gradient compression: everybody sends the top k of momentum and residual in one. See
+    :func:`sasg_jax.momentum_residual`; clipping and the density's warm-up are yours."""
+    top, rest = _take_top_k(density, parts)
+    rest = cast(Parts, {"feedback": momentum_residual(momentum, masking=masking)} | rest)
+    return compressed_sgd(learning_rate, top, always(), num_workers=num_workers, **rest)
 
 
 def clag(

@@ -183,7 +183,10 @@ def make_method(
     tells = not rule.always or (silence != "keep" and not feedback.reconstructs)
     needs = Needs(not tells, up.linear, mean_inside, downlink is not None)
     exchange = choose(exchange, needs)
-    keeps, remembers = keeps and silence == "keep", silence == "reuse" and not feedback.reconstructs
+    # A moving average of directions is kept up by those who are silent, too.
+    averages = feedback.reconstructs and feedback.keep is not None and not rule.always
+    keeps = averages or (keeps and silence == "keep")
+    remembers = silence == "reuse" and not feedback.reconstructs
     rest = num_workers, learning_rate, key, axis_name, tells, keeps, remembers
     down_feedback = _default_feedback(down, keeps=False)
     down_rule = always() if downlink_rule is None else downlink_rule
