@@ -17,6 +17,7 @@ from sasg_jax.algorithms import (
     diana,
     ef21,
     lag,
+    lag_ps,
     laq,
     lasg,
     sasg,
@@ -56,6 +57,7 @@ from sasg_jax.rules import (
     every,
     held_rate,
     innovation,
+    lag_ps_rule,
     lag_rule,
     laq_rule,
     message_share,
@@ -75,7 +77,7 @@ from sasg_jax.states import (
 from sasg_jax.train_state import RoundInfo, TrainState, mean_model_state, worker_round
 from sasg_jax.train_step import TrainStep, make_train_step
 from sasg_jax.transform import Transformation, aggregate, compressed_sgd, pipeline
-from sasg_jax.worker import Post, init_worker, worker_half
+from sasg_jax.worker import Post, init_worker, needs_direction, worker_half
 
 try:
     __version__ = importlib.metadata.version("sasg_jax")
@@ -92,10 +94,11 @@ __all__ = [
     "always", "cada", "cada_rule", "clag", "clag_rule", "cmfl", "cmfl_rule", "coders",
     "compressed_sgd", "csgd", "dgc", "diagnostics", "diana", "direction_change", "ef21", "every",
     "exchanges", "gradient", "grid", "held_rate", "identity", "init_server", "init_worker",
-    "innovation", "lag", "lag_rule", "laq", "laq_rule", "lasg", "local_steps", "make_method",
-    "make_train_step", "mean_model_state", "message_share", "momentum_residual", "none",
-    "on_devices", "on_mesh", "per_worker", "pipeline", "reconstruction", "released_alpha",
-    "residual", "residual_norm", "sasg", "sasg_keep", "server_half", "sgd", "simulate",
-    "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k", "turn_sgd", "worker_axes",
-    "worker_half", "worker_round", "worker_specs",
+    "innovation", "lag", "lag_ps", "lag_ps_rule", "lag_rule", "laq", "laq_rule", "lasg",
+    "local_steps", "make_method", "make_train_step", "mean_model_state", "message_share",
+    "momentum_residual", "needs_direction", "none", "on_devices", "on_mesh", "per_worker",
+    "pipeline", "reconstruction", "released_alpha", "residual", "residual_norm", "sasg",
+    "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd",
+    "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
+    "worker_specs",
 ]

@@ -27,7 +27,7 @@ References: Deng et al., `Communication-Efficient Distributed Learning via Spars
 Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack, cast
 
 import optax
@@ -44,6 +44,7 @@ from sasg_jax.rules import (
     cmfl_rule,
     every,
     innovation,
+    lag_ps_rule,
     lag_rule,
     laq_rule,
     released_alpha,
@@ -207,6 +208,23 @@ def lag(
     :func:`sasg_jax.lag_rule`."""
     rule = lag_rule(xi, history=history, max_staleness=max_staleness)
     return _before_sgd(learning_rate, identity(), rule, num_workers, parts)
+
+
+def lag_ps(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    xi: float = 1.0,
+    smoothness: float | Sequence[float] | None = None,
+    history: int = 10,
+    max_staleness: int | None = None,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """LAG-PS: gradient descent, from workers for whose smoothness the parameters have moved far.
+    Whoever is silent makes no gradient. See :func:`sasg_jax.lag_ps_rule`."""
+    how = {"smoothness": smoothness, "history": history, "max_staleness": max_staleness}
+    rest = {"feedback": reconstruction()} | flat(parts)
+    return _before_sgd(learning_rate, identity(), lag_ps_rule(xi, **how), num_workers, rest)
 
 
 def csgd(

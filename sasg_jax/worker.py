@@ -100,6 +100,28 @@ def worker_half(
     return new_worker, Post(message, uploaded)
 
 
+def needs_direction(
+    method: Method, worker: WorkerState, server: ServerState, params: PyTree, *, index, present=True
+) -> jax.Array | None:
+    """Whether a worker's direction counts for anything in this round, before it is made; None where
+    nobody can tell: with most rules, and where a silent worker keeps its direction. The arguments
+    are those of :func:`worker_half`. ``# shape=(), dtype=bool``"""
+    if not method.rule.foresees or method.keeps or method.compressor.compress_mean is not None:
+        return None
+    round = method.round(params, server.round)
+    threshold, shared = method.rule.begin(server.rule, round)
+    cap = method.rule.max_staleness
+    forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
+    own = worker.feedback, worker.staleness, worker.rule
+    rest = shared, threshold, forced, _foreseen, _foreseen, _foreseen
+    decision = method.rule.decide(View(round, jnp.asarray(index), None, *own, *rest))
+    return jnp.asarray(present) & (forced | decision.upload)
+
+
+def _foreseen(*params: PyTree) -> PyTree:
+    raise TypeError("A rule that foresees must not ask for what takes the direction.")
+
+
 def _send(method: Method, carried, direction, params, learning_rate, keys):
     """What a worker does that uploads, for :func:`update_if`."""
     compressor, feedback = method.per_link(method.compressor), method.feedback
