@@ -28,7 +28,7 @@ from sasg_jax.algorithms import (
 )
 from sasg_jax.coders import IndexCoder, ValueCoder
 from sasg_jax.compressors import Compressed, Compressor, MessageSize, grid, identity, top_k
-from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
+from sasg_jax.directions import Direction, Evaluation, gradient, local_steps, norm_test
 from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
 from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
 from sasg_jax.feedback import (
@@ -96,9 +96,9 @@ __all__ = [
     "exchanges", "gradient", "grid", "held_rate", "identity", "init_server", "init_worker",
     "innovation", "lag", "lag_ps", "lag_ps_rule", "lag_rule", "laq", "laq_rule", "lasg",
     "local_steps", "make_method", "make_train_step", "mean_model_state", "message_share",
-    "momentum_residual", "needs_direction", "none", "on_devices", "on_mesh", "per_worker",
-    "pipeline", "reconstruction", "released_alpha", "residual", "residual_norm", "sasg",
-    "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd",
+    "momentum_residual", "needs_direction", "none", "norm_test", "on_devices", "on_mesh",
+    "per_worker", "pipeline", "reconstruction", "released_alpha", "residual", "residual_norm",
+    "sasg", "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd",
     "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
     "worker_specs",
 ]
