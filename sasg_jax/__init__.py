@@ -9,20 +9,48 @@ rules, feedback, compressors, coders and exchanges, of which :func:`sasg_jax.com
 import importlib.metadata
 
 from sasg_jax import coders, exchanges
-from sasg_jax.algorithms import lasg, sasg, sasg_keep, sgd, sparse_sgd, turn_sgd
+from sasg_jax.algorithms import (
+    cada,
+    clag,
+    cmfl,
+    csgd,
+    dgc,
+    diana,
+    ef21,
+    lag,
+    lag_ps,
+    laq,
+    lasg,
+    sasg,
+    sasg_keep,
+    sgd,
+    sparse_sgd,
+    turn_sgd,
+)
 from sasg_jax.coders import IndexCoder, ValueCoder
 from sasg_jax.compressors import (
     Compressed,
     Compressor,
     MessageSize,
     chunked_top_k,
+    grid,
     identity,
     top_k,
 )
-from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
+from sasg_jax.directions import Direction, Evaluation, gradient, local_steps, norm_test
 from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
 from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
-from sasg_jax.feedback import Feedback, Reconstruction, Residual, none, reconstruction, residual
+from sasg_jax.feedback import (
+    AveragedReconstruction,
+    Feedback,
+    MomentumResidual,
+    Reconstruction,
+    Residual,
+    momentum_residual,
+    none,
+    reconstruction,
+    residual,
+)
 from sasg_jax.ledger import Ledger
 from sasg_jax.local_algorithms import (
     LocalMethod,
@@ -40,10 +68,16 @@ from sasg_jax.rules import (
     Rule,
     View,
     always,
+    cada_rule,
+    clag_rule,
+    cmfl_rule,
     direction_change,
     every,
     held_rate,
     innovation,
+    lag_ps_rule,
+    lag_rule,
+    laq_rule,
     message_share,
     released_alpha,
     residual_norm,
@@ -61,7 +95,7 @@ from sasg_jax.states import (
 from sasg_jax.train_state import RoundInfo, TrainState, mean_model_state, worker_round
 from sasg_jax.train_step import TrainStep, make_train_step
 from sasg_jax.transform import Transformation, aggregate, compressed_sgd, pipeline
-from sasg_jax.worker import Post, init_worker, worker_half
+from sasg_jax.worker import Post, init_worker, needs_direction, worker_half
 
 try:
     __version__ = importlib.metadata.version("sasg_jax")
@@ -70,17 +104,20 @@ except importlib.metadata.PackageNotFoundError:  # run from a folder that was ne
 
 # fmt: off
 __all__ = [
-    "AggregateState", "Compressed", "Compressor", "Decision", "Diagnostics", "Direction",
-    "Evaluation", "Exchange", "Feedback", "IndexCoder", "Ledger", "Links", "LocalMethod",
-    "LocalParts", "MessageSize", "Method", "Needs", "Parts", "PipelineState", "Post",
-    "Reconstruction", "Residual", "Round", "RoundInfo", "Rule", "ServerState", "Traffic",
-    "TrainState", "TrainStep", "Transformation", "ValueCoder", "View", "WorkerState", "aggregate",
-    "always", "chunked_top_k", "coders", "compressed_sgd", "demo", "diagnostics", "diloco",
-    "direction_change", "every", "exchanges", "gradient", "held_rate", "identity", "init_server",
-    "init_worker", "innovation", "lasg", "local_sgd", "local_steps", "make_method",
-    "make_train_step", "mean_model_state", "message_share", "muloco", "none", "on_devices",
-    "on_mesh", "per_worker", "pipeline", "reconstruction", "released_alpha", "residual",
-    "residual_norm", "sasg", "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks",
-    "sparse_loco", "sparse_sgd", "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half",
-    "worker_round", "worker_specs",
+    "AggregateState", "AveragedReconstruction", "Compressed", "Compressor", "Decision",
+    "Diagnostics", "Direction", "Evaluation", "Exchange", "Feedback", "IndexCoder", "Ledger",
+    "Links", "LocalMethod", "LocalParts", "MessageSize", "Method", "MomentumResidual", "Needs",
+    "Parts", "PipelineState", "Post", "Reconstruction", "Residual", "Round", "RoundInfo", "Rule",
+    "ServerState", "Traffic", "TrainState", "TrainStep", "Transformation", "ValueCoder", "View",
+    "WorkerState", "aggregate", "always", "cada", "cada_rule", "chunked_top_k", "clag", "clag_rule",
+    "cmfl", "cmfl_rule", "coders", "compressed_sgd", "csgd", "demo", "dgc", "diagnostics", "diana",
+    "diloco", "direction_change", "ef21", "every", "exchanges", "gradient", "grid", "held_rate",
+    "identity", "init_server", "init_worker", "innovation", "lag", "lag_ps", "lag_ps_rule",
+    "lag_rule", "laq", "laq_rule", "lasg", "local_sgd", "local_steps", "make_method",
+    "make_train_step", "mean_model_state", "message_share", "momentum_residual", "muloco",
+    "needs_direction", "none", "norm_test", "on_devices", "on_mesh", "per_worker", "pipeline",
+    "reconstruction", "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep",
+    "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_loco", "sparse_sgd",
+    "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
+    "worker_specs",
 ]

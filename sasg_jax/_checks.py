@@ -1,5 +1,6 @@
 """One wording for every bad argument: its name, its value, and what is allowed."""
 
+import math
 import numbers
 import operator
 from collections.abc import Collection
@@ -55,6 +56,17 @@ def check_fraction(name: str, value: Any) -> float:
     _reject_traced(name, value)
     require(is_real(value) and 0 < value <= 1, name, value, "in (0, 1]")
     return float(value)
+
+
+def check_bound(name: str, value: Any) -> Any:
+    """``value``, a finite number of at least 0; of a traced one only that it is a scalar."""
+    if isinstance(value, jax.core.Tracer):
+        require(value.shape == (), name, value, "to be one number")
+        return value
+    value = value.item() if isinstance(value, jax.Array) and value.ndim == 0 else value
+    allowed = "to be a finite number of at least 0"
+    require(is_real(value) and 0 <= value < math.inf, name, value, allowed)
+    return value
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:

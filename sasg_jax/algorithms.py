@@ -27,16 +27,30 @@ References: Deng et al., `Communication-Efficient Distributed Learning via Spars
 Stochastic Gradient <https://arxiv.org/abs/2112.04088>`_, 2021
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack, cast
 
 import optax
 
 from sasg_jax.coders import IndexCoder, ValueCoder
-from sasg_jax.compressors import Compressor, identity, top_k
+from sasg_jax.compressors import Compressor, grid, identity, top_k
+from sasg_jax.feedback import momentum_residual, reconstruction
 from sasg_jax.method import Parts
-from sasg_jax.rules import Rule, always, every, innovation, released_alpha
+from sasg_jax.rules import (
+    Rule,
+    always,
+    cada_rule,
+    clag_rule,
+    cmfl_rule,
+    every,
+    innovation,
+    lag_ps_rule,
+    lag_rule,
+    laq_rule,
+    released_alpha,
+)
 from sasg_jax.rules.innovation import Alpha, AlphaFn
-from sasg_jax.transform import Transformation, compressed_sgd, flat
+from sasg_jax.transform import Transformation, aggregate, compressed_sgd, flat, pipeline
 
 
 class SparseParts(Parts, total=False):
@@ -156,3 +170,173 @@ _OF_TOP_K = "scope", "selection", "values", "indices"
 def _rule(alpha: Any, num_workers: int, max_staleness: int, history: int, share: bool) -> Rule:
     alpha = released_alpha(0.5, num_workers) if alpha is None else alpha
     return innovation(alpha, max_staleness=max_staleness, history=history, share_stale_params=share)
+
+
+# The neighbours, by the names that their authors gave them ------------------------------------
+
+
+def cada(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    c: float = 1.0,
+    history: int = 10,
+    max_staleness: int = 50,
+    snapshot: bool = False,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """CADA2, and with ``snapshot`` CADA1: AMSGrad, from the last gradients of workers that send
+    when theirs has changed enough. See :func:`sasg_jax.cada_rule`. (optax's AMSGrad corrects the
+    bias of its first rounds; the authors' does not.)"""
+    rule = cada_rule(c, history=history, max_staleness=max_staleness, snapshot=snapshot)
+    ours = aggregate(identity(), rule, num_workers=num_workers, **flat(parts))
+    return pipeline(ours, optax.amsgrad(learning_rate, b1, b2))
+
+
+def lag(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    xi: float = 0.1,
+    history: int = 10,
+    max_staleness: int | None = None,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """LAG-WK: gradient descent, from workers whose gradient the server lacks much of. See
+    :func:`sasg_jax.lag_rule`."""
+    rule = lag_rule(xi, history=history, max_staleness=max_staleness)
+    return _before_sgd(learning_rate, identity(), rule, num_workers, parts)
+
+
+def lag_ps(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    xi: float = 1.0,
+    smoothness: float | Sequence[float] | None = None,
+    history: int = 10,
+    max_staleness: int | None = None,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """LAG-PS: gradient descent, from workers for whose smoothness the parameters have moved far.
+    Whoever is silent makes no gradient. See :func:`sasg_jax.lag_ps_rule`."""
+    how = {"smoothness": smoothness, "history": history, "max_staleness": max_staleness}
+    rest = {"feedback": reconstruction()} | flat(parts)
+    return _before_sgd(learning_rate, identity(), lag_ps_rule(xi, **how), num_workers, rest)
+
+
+def csgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    slack: float | Callable[[Any], Any],
+    xi: float = 1 / 600,
+    history: int = 10,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """CSGD: LAG with a slack that shrinks, e.g. ``lambda t: 0.1 * 0.991**t``, for batches that
+    grow; these are yours to make. See :func:`sasg_jax.lag_rule`."""
+    rule = lag_rule(xi, history=history, slack=slack)
+    return _before_sgd(learning_rate, identity(), rule, num_workers, parts)
+
+
+def laq(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    bits: int = 3,
+    xi: float = 0.08,
+    history: int = 10,
+    max_staleness: int = 100,
+    errors: float = 3.0,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """LAQ, and with mini-batches SLAQ: LAG with messages of ``bits`` bits for each entry. See
+    :func:`sasg_jax.laq_rule`."""
+    rule = laq_rule(xi, history=history, max_staleness=max_staleness, errors=errors)
+    return _before_sgd(learning_rate, grid(bits, scope="tree"), rule, num_workers, parts)
+
+
+def ef21(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    density: float = 0.01,
+    momentum: float | None = None,
+    **parts: Unpack[SparseParts],
+) -> Transformation:
+    """EF21: everybody sends the top k of what the server lacks, and with ``momentum`` η of what it
+    lacks of a moving average. See :func:`sasg_jax.reconstruction`."""
+    top, rest = _take_top_k(density, parts)
+    rest = cast(Parts, {"feedback": reconstruction(momentum=momentum)} | rest)
+    return _before_sgd(learning_rate, top, always(), num_workers, rest)
+
+
+def diana(
+    learning_rate: optax.ScalarOrSchedule,
+    compressor: Compressor,
+    *,
+    num_workers: int,
+    damping: float,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """DIANA: everybody sends what the server lacks, by an unbiased compressor of variance ω and
+    with a ``damping`` of at most 1/(1 + ω). See :func:`sasg_jax.reconstruction`."""
+    rest = cast(Parts, {"feedback": reconstruction(damping=damping)} | flat(parts))
+    return _before_sgd(learning_rate, compressor, always(), num_workers, rest)
+
+
+def dgc(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    density: float = 0.001,
+    momentum: float = 0.9,
+    masking: bool = True,
+    **parts: Unpack[SparseParts],
+) -> Transformation:
+    """Deep gradient compression: everybody sends the top k of momentum and residual in one. See
+    :func:`sasg_jax.momentum_residual`; clipping and the density's warm-up are yours."""
+    top, rest = _take_top_k(density, parts)
+    rest = cast(Parts, {"feedback": momentum_residual(momentum, masking=masking)} | rest)
+    return compressed_sgd(learning_rate, top, always(), num_workers=num_workers, **rest)
+
+
+def clag(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    density: float = 0.01,
+    zeta: float = 10.0,
+    max_staleness: int | None = None,
+    **parts: Unpack[SparseParts],
+) -> Transformation:
+    """CLAG: EF21 from workers whose gradient the server lacks much of. See
+    :func:`sasg_jax.clag_rule`."""
+    top, rest = _take_top_k(density, parts)
+    rule = clag_rule(zeta, max_staleness=max_staleness)
+    return _before_sgd(learning_rate, top, rule, num_workers, rest)
+
+
+def cmfl(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    relevance: float | Callable[[Any], Any] | None = None,
+    max_staleness: int | None = None,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """CMFL: the mean over workers that agree with where all went last. See
+    :func:`sasg_jax.cmfl_rule`, which serves local steps, too."""
+    rule = cmfl_rule(relevance, max_staleness=max_staleness)
+    return compressed_sgd(learning_rate, identity(), rule, num_workers=num_workers, **parts)
+
+
+def _before_sgd(
+    learning_rate: Any, compressor: Compressor, rule: Rule, num_workers: int, parts: Any
+) -> Transformation:
+    """With the rate outside, as it is where both sides keep gradients."""
+    ours = aggregate(compressor, rule, num_workers=num_workers, **flat(parts))
+    return pipeline(ours, optax.sgd(learning_rate))

@@ -3,6 +3,7 @@ have led it. A rule's second evaluation is the same function at other parameters
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sasg_jax._checks import check_bool, check_int, require
-from sasg_jax.numerics import PyTree, wide
+from sasg_jax._checks import check_bool, check_int, is_real, require
+from sasg_jax.numerics import PyTree, squared_norm, wide
 
 
 class Evaluation(NamedTuple):
@@ -83,7 +84,12 @@ def local_steps(
     """The way that ``steps`` steps of a worker's own lead, Δ: old minus new parameters.
 
     What follows the mean, the outer optimiser, then takes Δ for a gradient: ``optax.sgd(1.0)`` is
-    local SGD, ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's.
+    local SGD, ``optax.sgd(0.7, momentum=0.9, nesterov=True)`` is DiLoCo's, and ``optax.sgd(a,
+    momentum=b)`` is SlowMo's u ← b u + Δ/γ, w ← w - a γ u at a constant inner rate γ. Local SGD
+    whose Δ is sent as a top k of few bits with a residual (``sasg_jax.top_k(0.01, values="sign")``)
+    is Qsparse-local-SGD. Post-local SGD is two train steps one after another, of ``steps=1`` until
+    the rate first drops and of 16 from then on: with the same optimisers they have the same state.
+    :func:`norm_test` says how large the batches should be.
 
     Args:
       loss_fn, has_aux, has_model_state, has_key: as in :func:`gradient`.
@@ -95,7 +101,10 @@ def local_steps(
         a worker's batch has leading axes of H and k, and so has ``aux``.
 
     References: Stich, `Local SGD Converges Fast and Communicates Little
-    <https://arxiv.org/abs/1805.09767>`_, 2018; Douillard et al., `DiLoCo
+    <https://arxiv.org/abs/1805.09767>`_, 2018; Lin et al., `Don't Use Large Mini-Batches, Use Local
+    SGD <https://arxiv.org/abs/1808.07217>`_, 2018; Basu et al., `Qsparse-local-SGD
+    <https://arxiv.org/abs/1906.02367>`_, 2019; Wang et al., `SlowMo
+    <https://arxiv.org/abs/1910.00643>`_, 2019; Douillard et al., `DiLoCo
     <https://arxiv.org/abs/2311.08105>`_, 2023"""
     steps = check_int("steps", steps, minimum=1)
     accumulate = check_int("accumulate", accumulate, minimum=1)
@@ -123,6 +132,50 @@ def local_steps(
     how = {"accumulate": None if accumulate == 1 else accumulate, **has}
     gradients = steps * accumulate
     return Direction(init=inner.init, evaluate=evaluate, steps=steps, gradients=gradients, **how)
+
+
+def norm_test(gradients: PyTree, batch_size: Any, *, eta: float) -> jax.Array:
+    r"""How large each worker's batch should be for the mean of all to be more than its noise.
+
+    .. math::
+        T = \left\lceil \frac{b}{M - 1} \cdot
+        \frac{\sum_m \|g_m - \bar g\|^2}{M \eta^2 \|\bar g\|^2} \right\rceil
+
+    At an exchange of a local method, let ``b = max(b, T)``. The batches are your data pipeline's:
+    those of another size compile another step.
+
+    Args:
+      gradients: of all workers, each on b of its samples, as they are: of compressed ones the test
+        is biased. A leading axis M on every leaf.
+      batch_size: b, a number.
+      eta: η, above 0: of the mean's norm, the part that its noise may have. Smaller means larger
+        batches.
+
+    Returns:
+      T, at least 1 and at most 2³⁰, where the mean is zero, too; b where a gradient is not finite.
+      ``# shape=(), dtype=jnp.int32``
+
+    ValueError for an argument out of range, or fewer than two workers. Workers with data of their
+    own differ without any noise: there it asks for more than batches can give.
+
+    References: Lau et al., `Adaptive Batch Size Strategies for Local Gradient Methods
+    <https://arxiv.org/abs/2406.13936>`_, 2024
+
+    >>> import jax.numpy as jnp
+    >>> int(norm_test(jnp.array([[1.0, 1.0], [1.0, -1.0]]), 8, eta=0.5))
+    32
+    """
+    require(is_real(eta) and 0 < eta < math.inf, "eta", eta, "to be a finite number above 0")
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(gradients)}
+    allowed = "to be one M of at least 2 on all leaves"
+    (num_workers,) = next(iter(sizes)) if len(sizes) == 1 and sizes != {()} else (0,)
+    require(num_workers > 1, "the leading axes of gradients", sorted(sizes), allowed)
+    mean = jax.tree.map(lambda x: x.astype(wide(x.dtype)).mean(0), gradients)
+    spread = jax.tree.map(lambda x, m: x.astype(m.dtype) - m[None], gradients, mean)
+    noise = squared_norm(spread) / (num_workers * (num_workers - 1))
+    size = jnp.ceil(batch_size * (noise / (eta**2 * squared_norm(mean))))
+    size = jnp.where(jnp.isfinite(noise), jnp.clip(size, 1, 2**30), batch_size)
+    return jnp.where(jnp.isnan(size), 1, size).astype(jnp.int32)
 
 
 def as_direction(loss_fn: Any, **has: bool) -> Direction:

@@ -81,8 +81,8 @@ def simulate_in_chunks(
 
     def one_worker(own, batch, index):
         state = fill_own(own, one)
-        made, grad_fn = evaluate(direction, tx, state, batch)
         mine = True if present is None else present[index]
+        made, grad_fn = evaluate(direction, tx, state, batch, index, mine)
         given = made.direction, state.opt_state, state.params
         opt_state, post = tx.worker_part(*given, index, mine, grad_fn)
         info = RoundInfo(made.loss, *diagnostics(opt_state), made.aux)

@@ -11,7 +11,7 @@ from sasg_jax._checks import check_axis_name, check_choice, check_int, check_key
 from sasg_jax.compressors import Compressor, identity, top_k
 from sasg_jax.exchanges import EXCHANGES, Exchange, Needs, choose
 from sasg_jax.exchanges.shards import per_shard
-from sasg_jax.feedback import Feedback, none, residual
+from sasg_jax.feedback import Feedback, none, reconstruction, residual
 from sasg_jax.numerics import PyTree
 from sasg_jax.rules import SILENCES, Round, Rule, always
 from sasg_jax.states import Wire
@@ -24,7 +24,8 @@ class Parts(TypedDict, total=False):
 
     feedback: Feedback | None
     """What becomes of what a message leaves out: :func:`sasg_jax.residual` by default, or
-    :func:`sasg_jax.none` for a compressor that is exact or unbiased."""
+    :func:`sasg_jax.none` for a compressor that is exact or unbiased, or
+    :func:`sasg_jax.reconstruction` for a rule that compares with one."""
     silence: str | None
     """What a silent worker counts as: ``"reuse"``, its last message again (the paper's);
     ``"keep"``, nothing, while its direction goes into its residual; ``"drop"``, nothing, in a mean
@@ -163,7 +164,8 @@ def make_method(
     mean_inside = compressor.compress_mean is not None
     keeps = silence == "keep" and not rule.always
     up, down = compressor, identity() if downlink is None else downlink
-    feedback = _default_feedback(up, keeps) if feedback is None else feedback
+    if feedback is None:
+        feedback = reconstruction() if rule.needs_reconstruction else _default_feedback(up, keeps)
     means = f"for {compressor.name}, which takes means"
     draws = next((part.name for part in (up, down) if part.random), None)
     refuse = lambda wrong, name, x, why: require(not wrong, name, getattr(x, "name", x), why)
@@ -179,6 +181,8 @@ def make_method(
     lost = keeps and feedback.keep is None and not feedback.reconstructs
     allowed = f"to be 'reuse' or 'drop' with {feedback.name}, which keeps nothing"
     refuse(lost, "silence", silence, allowed)
+    allowed = f"to be reconstruction() for {rule.name}, which compares with what the server has"
+    refuse(rule.needs_reconstruction and not feedback.reconstructs, "feedback", feedback, allowed)
     uncounted = silence == "drop" or asked == "keep" or mean_inside
     allowed = "only where a silent worker counts as what it has sent"
     refuse(feedback.reconstructs and uncounted, "feedback", feedback, allowed)
@@ -195,7 +199,10 @@ def make_method(
     exchange = choose(exchange, needs)
     allowed = f"to be 'workers' for exchange={exchange.name!r}, which collects a sum"
     refuse(exchange.sums and by_sender, "mean", mean, allowed)
-    keeps, remembers = keeps and silence == "keep", silence == "reuse" and not feedback.reconstructs
+    # A moving average of directions is kept up by those who are silent, too.
+    averages = feedback.reconstructs and feedback.keep is not None and not rule.always
+    keeps = averages or (keeps and silence == "keep")
+    remembers = silence == "reuse" and not feedback.reconstructs
     rest = num_workers, learning_rate, key, axis_name, tells, keeps, remembers
     down_feedback = _default_feedback(down, keeps=False)
     down_rule = always() if downlink_rule is None else downlink_rule
@@ -203,6 +210,8 @@ def make_method(
     refuse(not down_rule.always and down_feedback.keep is None, "downlink_rule", down_rule, allowed)
     allowed = "to be one that compares no directions at two parameters: the server has none"
     refuse(down_rule.compares, "downlink_rule", down_rule, allowed)
+    allowed = "to be one that needs no reconstruction: what the server holds back is a residual"
+    refuse(down_rule.needs_reconstruction, "downlink_rule", down_rule, allowed)
     unknown = down_rule.needs_learning_rate and learning_rate is None
     refuse(unknown, "downlink_rule", down_rule, "to need no learning rate: aggregate has none")
     allowed = f"to be None for the exchange {exchange.name!r}, which cannot tell of it"

@@ -120,7 +120,10 @@ def _serve(method: Method, like: PyTree, kept: Kept, messages, uploaded, of_mess
     else:
         total = method.compressor.decompress_sum(messages, like, key)
     if method.feedback.reconstructs:
-        total = memory = jax.tree.map(jnp.add, memory, total)
+        arrived, total = total, jax.tree.map(jnp.add, memory, total)
+        memory = total
+        if (part := method.feedback.damping) != 1:
+            memory = jax.tree.map(lambda h, x: h + part * x, kept.memory, arrived)
     # Divided before it is rounded: in half precision the sum need not fit where the mean does.
     step = jax.tree.map(lambda x, leaf: (x / count).astype(leaf.dtype), total, like)
     return _send_down(method, kept._replace(memory=memory), step, *of_step)

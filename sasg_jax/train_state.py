@@ -9,11 +9,13 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from sasg_jax._checks import check_like
+from sasg_jax.control_flow import for_all
 from sasg_jax.directions import Direction, Evaluation
 from sasg_jax.numerics import PyTree, is_masked, wide
 from sasg_jax.state_axes import keep_own
 from sasg_jax.states import diagnostics, find_state
-from sasg_jax.transform import before_ours
+from sasg_jax.transform import Transformation, before_ours
+from sasg_jax.worker import needs_direction
 
 
 class TrainState(NamedTuple):
@@ -39,9 +41,12 @@ class RoundInfo(NamedTuple):
     aux: PyTree  # of loss_fn, leading axis M; () if there is none
 
 
-def evaluate(direction: Direction, tx: Any, state: TrainState, batch) -> tuple[Evaluation, Any]:
+def evaluate(
+    direction: Direction, tx: Any, state: TrainState, batch: PyTree, index: Any, present: Any
+) -> tuple[Evaluation, Any]:
     """A worker's direction, and the function that gives it at other parameters: there it has gone
-    through what stands before ours in ``tx``, as ``tx.update`` does with the former."""
+    through what stands before ours in ``tx``, as ``tx.update`` does with the former. A direction
+    that is known to count for nothing is not made: it is zero, and its loss NaN."""
     folded = lambda: jax.random.fold_in(state.keys, find_state(state.opt_state).server.round)
     key = folded() if direction.has_key else ()
 
@@ -52,7 +57,17 @@ def evaluate(direction: Direction, tx: Any, state: TrainState, batch) -> tuple[E
         made = direction.evaluate(params, *rest)
         return before_ours(tx, made.direction, state.opt_state, params)
 
-    return direction.evaluate(state.params, *rest), grad_fn
+    make = lambda: direction.evaluate(state.params, *rest)
+    needed = None
+    if isinstance(tx, Transformation):
+        ours = tx.find_ours(state.opt_state)
+        how = {"index": index, "present": present}
+        needed = needs_direction(tx.method, ours.worker, ours.server, state.params, **how)
+    if needed is None:
+        return make(), grad_fn
+    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(make))
+    made = jax.lax.cond(for_all(~needed), zeros, make)
+    return made._replace(loss=jnp.where(needed, made.loss, jnp.nan)), grad_fn
 
 
 def worker_round(
@@ -75,10 +90,11 @@ def worker_round(
 
     A round in which its direction counts for nothing (refused, silent and not kept, or absent)
     changes only our counters: not its model state, nor the direction's, nor what is before ours."""
-    made, grad_fn = evaluate(direction, tx, state, batch)
+    index = jax.lax.axis_index(axis_name)
+    there = True if present is None else jnp.asarray(present)[index]
+    made, grad_fn = evaluate(direction, tx, state, batch, index, there)
     extra = {} if present is None else {"present": present}
     if pass_value:
-        there = True if present is None else jnp.asarray(present)[jax.lax.axis_index(axis_name)]
         extra["value"] = mean_loss(made.loss, there, lambda x: jax.lax.psum(x, axis_name))
     given = made.direction, state.opt_state, state.params
     updates, opt_state = tx.update(*given, grad_fn=grad_fn, **extra)

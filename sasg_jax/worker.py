@@ -70,7 +70,7 @@ def worker_half(
     cap = method.rule.max_staleness
     forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
     rate, feedback, keys = round.learning_rate, method.feedback, method.keys(server.round, index)
-    pending = lambda: feedback.before(scale(rate, direction), worker.feedback)
+    pending = lambda: _taken_in(feedback, scale(rate, direction), worker.feedback)[1]
     remainder = lambda: _compress(method, worker.compressor_memory, pending(), keys).remainder
     own = worker.feedback, worker.staleness, worker.rule
     rest = shared, threshold, forced, _missing if reevaluate is None else reevaluate
@@ -90,8 +90,8 @@ def worker_half(
     carried, message = update_if(uploaded, send, carried, *operands)
     if method.keeps:
         keep: Any = feedback.keep
-        before = lambda memory, g, rate: feedback.before(scale(rate, g), memory)
-        keep_direction = lambda memory, *g: (keep(memory, before(memory, *g)), ())
+        take_in = lambda memory, g, rate: _taken_in(feedback, scale(rate, g), memory)
+        keep_direction = lambda memory, *g: (keep(*take_in(memory, *g)), ())
         kept, _ = update_if(acts & fits & ~wants, keep_direction, carried[0], direction, rate)
         carried = kept, *carried[1:]
     staleness = jnp.where(uploaded, 1, worker.staleness + 1).astype(jnp.int32)
@@ -100,17 +100,45 @@ def worker_half(
     return new_worker, Post(message, uploaded)
 
 
+def needs_direction(
+    method: Method, worker: WorkerState, server: ServerState, params: PyTree, *, index, present=True
+) -> jax.Array | None:
+    """Whether a worker's direction counts for anything in this round, before it is made; None where
+    nobody can tell: with most rules, and where a silent worker keeps its direction. The arguments
+    are those of :func:`worker_half`. ``# shape=(), dtype=bool``"""
+    if not method.rule.foresees or method.keeps or method.compressor.compress_mean is not None:
+        return None
+    round = method.round(params, server.round)
+    threshold, shared = method.rule.begin(server.rule, round)
+    cap = method.rule.max_staleness
+    forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
+    own = worker.feedback, worker.staleness, worker.rule
+    rest = shared, threshold, forced, _foreseen, _foreseen, _foreseen
+    decision = method.rule.decide(View(round, jnp.asarray(index), None, *own, *rest))
+    return jnp.asarray(present) & (forced | decision.upload)
+
+
+def _foreseen(*params: PyTree) -> PyTree:
+    raise TypeError("A rule that foresees must not ask for what takes the direction.")
+
+
 def _send(method: Method, carried, direction, params, learning_rate, keys):
     """What a worker does that uploads, for :func:`update_if`."""
     compressor, feedback = method.per_link(method.compressor), method.feedback
     memory, compressor_memory, rule_memory = carried
-    p = feedback.before(scale(learning_rate, direction), memory)
+    memory, p = _taken_in(feedback, scale(learning_rate, direction), memory)
     compressed = _compress(method, compressor_memory, p, keys)
     shared = lambda: method.decoder_key(compressor, keys)
     decoded = lambda: compressor.decompress(compressed.message, p, shared())
     memory = feedback.after(memory, compressed, decoded)
     rule_memory = method.rule.sent(rule_memory, params, direction, learning_rate)
     return (memory, compressed.memory, rule_memory), compressed.message
+
+
+def _taken_in(feedback, x: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
+    """The feedback's memory with this round's direction in it, and of what a message is made."""
+    memory = memory if feedback.take_in is None else feedback.take_in(x, memory)
+    return memory, feedback.before(x, memory)
 
 
 def _compress(method, memory, p, keys) -> Compressed:
@@ -123,7 +151,7 @@ def _fits(method, acts, sound, direction, memory, rate) -> jax.Array:
     largest numbers where it moves by small ones: it is enough to look at g and γ, but in half
     precision, where p is made."""
     if any(float(jnp.finfo(x.dtype).max) < 1e30 for x in jax.tree.leaves(direction)):
-        look = lambda: all_finite(method.feedback.before(scale(rate, direction), memory))
+        look = lambda: all_finite(_taken_in(method.feedback, scale(rate, direction), memory)[1])
         return jax.lax.cond(for_all(~acts), lambda: jnp.asarray(True), look)
     if sound is None:
         sound = jnp.isfinite(squared_norm(direction))
@@ -137,14 +165,15 @@ def worker_half_with_mean(
     refused or absent adds zeros. The message is the mean, decoded and like ``params``."""
     assert method.compressor.compress_mean is not None
     round, present = method.round(params, server.round), jnp.asarray(present)
-    p = method.feedback.before(scale(round.learning_rate, direction), worker.feedback)
+    x = scale(round.learning_rate, direction)
+    memory, p = _taken_in(method.feedback, x, worker.feedback)
     fits = all_finite(p)
     used = fits & present
     p = jax.tree.map(lambda x: jnp.where(used, x, 0), p)
     key = method.compressor_key(method.compressor, method.keys(server.round, index))
     made = method.compressor.compress_mean(p, worker.compressor_memory, key, mean)
     decoded, compressed = made[0], Compressed((), *made[1:])
-    feedback = method.feedback.after(worker.feedback, compressed, lambda: decoded)
+    feedback = method.feedback.after(memory, compressed, lambda: decoded)
     feedback = jax.tree.map(lambda x, old: jnp.where(used, x, old), feedback, worker.feedback)
     staleness = jnp.where(used, 1, worker.staleness + 1).astype(jnp.int32)
     carried = feedback, compressed.memory, worker.rule, staleness

@@ -210,3 +210,14 @@ def test_real_numbers_of_a_range(value):
 def test_real_numbers_outside(value):
     with pytest.raises(ValueError, match=r"x=.* to be a number of at least 0 and below 1\.$"):
         _checks.check_real("x", value, minimum=0, below=1)
+
+
+@pytest.mark.parametrize("value", [0, 2, 0.5, np.float32(3), jnp.float32(1e6)])
+def test_bounds(value):
+    assert _checks.check_bound("c", value) == value
+
+
+@pytest.mark.parametrize("value", [-1e-9, np.nan, np.inf, True, "1", None, jnp.ones(2)])
+def test_what_is_no_bound(value):
+    with pytest.raises(ValueError, match=r"^Expected c=.* to be a finite number of at least 0\.$"):
+        _checks.check_bound("c", value)

@@ -1,6 +1,7 @@
 """What a worker makes of its batch: a gradient, the mean of several, the way of its own steps."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -336,3 +337,51 @@ def test_counts_of_gradients():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=f"^Expected {message}"):
         make(problems.quadratic_loss)
+
+
+# How large batches should be ----------------------------------------------------------------------
+
+
+def test_norm_test_equals_its_formula():
+    """T = ⌈b / (M - 1) · Σ‖g_m - ḡ‖² / (M η² ‖ḡ‖²)⌉ over a whole tree."""
+    rng = np.random.default_rng(0)
+    grads = {"a": rng.normal(1, 1, (5, 3)), "b": rng.normal(0.2, 2, (5, 2, 2))}
+    flat = np.concatenate([x.reshape(5, -1) for x in grads.values()], 1)
+    mean = flat.mean(0)
+    for eta in (0.1, 0.8, 1e-9, 1e9):
+        want = math.ceil(16 / 4 * ((flat - mean) ** 2).sum() / (5 * eta**2 * (mean**2).sum()))
+        got = jax.jit(functools.partial(sasg_jax.norm_test, batch_size=16, eta=eta))(grads)
+        assert got == min(want, 2**30)
+        assert got.dtype == jnp.int32
+
+
+def test_norm_test_where_there_is_no_mean_or_no_noise():
+    opposite, same = jnp.asarray([[1.0], [-1.0]]), jnp.ones((2, 1), jnp.bfloat16)
+    assert sasg_jax.norm_test(opposite, 8, eta=1.0) == 2**30
+    assert sasg_jax.norm_test(same, 8, eta=1.0) == 1
+    assert sasg_jax.norm_test(0 * same, 8, eta=1.0) == 1
+    for bad in (jnp.nan, jnp.inf):
+        assert sasg_jax.norm_test(opposite.at[0].set(bad), 8, eta=1.0) == 8
+
+
+def test_norm_test_refuses_what_it_cannot_answer():
+    for eta in (0, -1, math.inf, True):
+        with pytest.raises(ValueError, match=rf"^Expected eta={eta!r} to be a finite number above"):
+            sasg_jax.norm_test(jnp.ones((2, 3)), 8, eta=eta)
+    for grads in (jnp.ones((1, 3)), {}, jnp.ones(()), [jnp.ones(2), jnp.ones(3)]):
+        with pytest.raises(ValueError, match=r"^Expected the leading axes of gradients=.* to be"):
+            sasg_jax.norm_test(grads, 8, eta=1.0)
+
+
+def test_outer_optimisers_are_slowmos():
+    """u ← β u + Δ/γ, w ← w - a γ u."""
+    tx = optax.sgd(0.5, momentum=0.7)
+    w, u = np.float32(1), np.float32(0)
+    state, gamma = tx.init(jnp.float32(1)), 0.1
+    got: Any = jnp.float32(1)
+    for delta in (1.0, -2.0, 0.5):
+        updates, state = tx.update(jnp.float32(delta), state)
+        got = optax.apply_updates(got, updates)
+        u = 0.7 * u + delta / gamma
+        w = w - 0.5 * gamma * u
+    np.testing.assert_allclose(got, w, rtol=1e-6)

@@ -122,7 +122,56 @@ def test_decay_outside_its_range(decay):
         sasg_jax.residual(decay)
 
 
+def test_momentum_and_damping_outside_their_range():
+    for value in (1, 1.5, -0.1, float("nan"), True, None):
+        with pytest.raises(ValueError, match=rf"^Expected momentum={value!r} in \[0, 1\)\.$"):
+            sasg_jax.momentum_residual(value)  # pyright: ignore
+    with pytest.raises(ValueError, match=r"^Expected masking=1 to be True or False\.$"):
+        sasg_jax.momentum_residual(masking=1)  # pyright: ignore
+    for name in ("damping", "momentum"):
+        for value in (0, 1.5, True):
+            with pytest.raises(ValueError, match=rf"^Expected {name}={value!r} in \(0, 1\]\.$"):
+                sasg_jax.reconstruction(**{name: value})
+
+
+def test_what_a_reconstruction_is_damped_by_stays():
+    """h is half of what arrived, on both sides."""
+    feedback, x = sasg_jax.reconstruction(damping=0.5), jnp.ones(3)
+    memory = feedback.after(feedback.init(x), None, lambda: x)  # pyright: ignore
+    np.testing.assert_array_equal(memory.reconstruction, [0.5, 0.5, 0.5])
+    assert (feedback.damping, feedback.reconstructs, feedback.keep) == (0.5, True, None)
+
+
+def test_average_starts_at_the_first_direction():
+    feedback = sasg_jax.reconstruction(momentum=0.25)
+    memory = feedback.init(jnp.zeros(1, jnp.bfloat16))
+    averages = []
+    assert feedback.take_in is not None
+    for x in (4.0, 8.0, 0.0):
+        memory = feedback.take_in(jnp.full(1, x, jnp.bfloat16), memory)
+        averages.append(float(memory.average[0]))
+    assert averages == [4, 5, 3.75]
+    assert feedback.before(jnp.zeros(1, jnp.bfloat16), memory).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_momentum_residual_keeps_the_type_of_the_direction(dtype):
+    feedback, x = sasg_jax.momentum_residual(0.9), jnp.ones(3, dtype)
+    assert feedback.take_in is not None
+    memory = feedback.take_in(x, feedback.take_in(x, feedback.init(x)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(memory, sasg_jax.MomentumResidual(x, x))
+    np.testing.assert_allclose(feedback.before(x, memory), [2.9] * 3, rtol=1e-2)
+
+
 def test_names():
+    more = sasg_jax.momentum_residual(), sasg_jax.momentum_residual(0.5, masking=False)
+    more += sasg_jax.reconstruction(damping=0.5), sasg_jax.reconstruction(momentum=0.1)
+    assert [feedback.name for feedback in more] == [
+        "momentum_residual(0.9)",
+        "momentum_residual(0.5, masking=False)",
+        "reconstruction(damping=0.5)",
+        "reconstruction(momentum=0.1)",
+    ]
     made = [sasg_jax.residual(), sasg_jax.residual(0.95), sasg_jax.none()]
     names = [feedback.name for feedback in [*made, sasg_jax.reconstruction()]]
     assert names == ["residual()", "residual(0.95)", "none()", "reconstruction()"]

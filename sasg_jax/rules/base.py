@@ -70,6 +70,10 @@ class Rule:
         looked at, and refused if it is not finite.
       measure: how much there is to say, for :func:`sasg_jax.held_rate`. At least 0.
       max_staleness: an upload is forced when the last is this many rounds back, and at the start.
+      needs_reconstruction: whether it reads ``view.feedback.reconstruction``: what the server has
+        of the worker. :func:`sasg_jax.reconstruction` is then the default.
+      foresees: whether ``decide`` asks for nothing that takes the direction: a worker that will be
+        silent then need not make one. ``view.direction`` is None where it has not been made.
       silence: what a silent worker counts as by default, one of :data:`SILENCES`.
       init_worker: ``memory = init_worker(params)``: its memory on a worker, before the first round.
       init_shared: ``shared = init_shared(params)``: its memory that is the same on all workers.
@@ -87,6 +91,8 @@ class Rule:
     silence: str = "reuse"
     compares: bool = False  # it asks for the direction at other parameters
     needs_learning_rate: bool = False  # it reads Round.learning_rate
+    needs_reconstruction: bool = False
+    foresees: bool = False
     init_worker: Callable[[PyTree], PyTree] = lambda params: ()
     init_shared: Callable[[PyTree], PyTree] = lambda params: ()
     begin: Callable[[PyTree, Round], tuple[jax.Array, PyTree]] = _no_threshold

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sasg_jax._checks import check_bool, check_int
+from sasg_jax._checks import check_bool, check_bound, check_int
 from sasg_jax.control_flow import for_all, zero_after
 from sasg_jax.numerics import PyTree, squared_distance, squared_norm
 from sasg_jax.rules.base import Decision, Round, Rule, View
 from sasg_jax.rules.fixed import always
 from sasg_jax.rules.recent_params import init_recent, read_recent, write_recent
-from sasg_jax.rules.relative import check_theta, ratio
+from sasg_jax.rules.relative import ratio
 
 
 class OwnPeriod(NamedTuple):
@@ -27,7 +27,7 @@ def own_period(
     theta: Any, *, max_staleness: int, look_every: int, share_stale_params: bool
 ) -> Rule:
     """See :func:`sasg_jax.innovation` without an alpha."""
-    theta = check_theta(theta)
+    theta = check_bound("theta", theta)
     max_staleness = check_int("max_staleness", max_staleness, minimum=1)
     look_every = check_int("look_every", look_every, minimum=1)
     check_bool("share_stale_params", share_stale_params)

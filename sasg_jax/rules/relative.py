@@ -6,16 +6,14 @@ latest when its last upload is ``max_staleness`` rounds back. So nobody is silen
 where all wait for each other to move, and not all come at once.
 """
 
-import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
-from sasg_jax._checks import check_int, is_real, require
+from sasg_jax._checks import check_bound, check_int
 from sasg_jax.control_flow import for_all
 from sasg_jax.numerics import squared_distance, squared_norm
 from sasg_jax.rules.base import Decision, Rule, View
@@ -30,7 +28,7 @@ def message_share(theta: float = 0.3, *, max_staleness: int = 10) -> Rule:
     energy = lambda view: squared_norm(view.pending())
     carried = lambda view: jnp.maximum(energy(view) - squared_norm(view.remainder()), 0)
     measure = lambda view: (carried(view), energy(view))
-    return _relative("message_share", measure, check_theta(theta), max_staleness)
+    return _relative("message_share", measure, theta, max_staleness)
 
 
 def residual_norm(theta: float = 30.0, *, history: int = 10, max_staleness: int = 10) -> Rule:
@@ -49,7 +47,7 @@ def residual_norm(theta: float = 30.0, *, history: int = 10, max_staleness: int 
     return _relative(
         "residual_norm",
         measure,
-        check_theta(theta),
+        theta,
         max_staleness,
         {"history": history},
         init_shared=lambda params: jnp.zeros(history, jnp.float32),
@@ -69,18 +67,7 @@ def direction_change(theta: float = 1.0, *, max_staleness: int = 10) -> Rule:
     measure = lambda view: (squared_distance(view.direction, view.memory), size(view))
     sent = lambda memory, params, direction, learning_rate: direction
     parts = {"init_worker": zeros, "sent": sent}
-    return _relative("direction_change", measure, check_theta(theta), max_staleness, **parts)
-
-
-def check_theta(theta: Any) -> Any:
-    """``theta``, which must be a finite number of at least 0; of a traced one, only a scalar."""
-    if isinstance(theta, jax.core.Tracer):
-        require(theta.shape == (), "theta", theta, "to be one number")
-    else:
-        theta = theta.item() if isinstance(theta, jax.Array) and theta.ndim == 0 else theta
-        allowed = "to be a finite number of at least 0"
-        require(is_real(theta) and 0 <= theta < math.inf, "theta", theta, allowed)
-    return theta
+    return _relative("direction_change", measure, theta, max_staleness, **parts)
 
 
 def ratio(measured: jax.Array, of: jax.Array) -> jax.Array:
@@ -98,6 +85,7 @@ def _relative(
     **parts: Any,
 ) -> Rule:
     """A rule that compares the first of what ``measure`` returns with θ times the second."""
+    theta = check_bound("theta", theta)
     max_staleness = check_int("max_staleness", max_staleness, minimum=1)
 
     beside = lambda view: ratio(*measure(view))
