@@ -249,6 +249,21 @@ def test_readme_quotes_coded_messages_at_the_papers_rate():
     assert abs(coded[3] - plain[3]) < 0.001
 
 
+def test_readme_says_what_tuning_gains_coded_messages_of_rule_6():
+    methods, said = _coded("tuned")["methods"], []
+    for name in ("sasg_two_way", "sasg_coded"):
+        of, label = methods[name], METHODS[name].label.replace(",", "")
+        reached = [run for run in of["runs"] if run["uploads_at_target"] is not None]
+        assert len(of["runs"]) == 5
+        assert len(of["tried"]) == 6
+        best = ", ".join(describe_setting(*setting) for setting in of["best"].items())
+        said.append(f"the best of {label} ({best})")
+        assert said[-1] in FEW_BITS
+        assert len(reached) == {"sasg_two_way": 1, "sasg_coded": 0}[name]
+    ends = [statistics.mean(run["accuracy"] for run in of["runs"]) for of in methods.values()]
+    assert f"they end at {100 * ends[0]:.2f} and {ends[1]:.2%}".replace("%", " %") in FEW_BITS
+
+
 @pytest.mark.parametrize(
     ("path", "times", "said"),
     [
