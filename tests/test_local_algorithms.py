@@ -49,18 +49,24 @@ class Recipe(NamedTuple):
     decays: float = 0.0  # weights of demo
 
 
-LOCAL = {"num_workers": M, "steps": STEPS}
+LOCAL: dict[str, Any] = {"num_workers": M, "steps": STEPS}
 LOSS = problems.quadratic_loss
-TILES = {"density": 0.25, "tile": TILE}
+TILES: dict[str, Any] = {"density": 0.25, "tile": TILE}
 SPARSE_LOCO = Recipe(
     functools.partial(sasg_jax.sparse_loco, LOSS, ADAMW, **LOCAL, **TILES, outer_rate=0.5),
-    **{"inner": ADAMW, "decay": 0.95, "density": 0.25, "levels": 2, "outer": (0.5, 0.0)},
+    inner=ADAMW,
+    decay=0.95,
+    density=0.25,
+    levels=2,
+    outer=(0.5, 0.0),
 )
 DEMO = Recipe(
     functools.partial(
         sasg_jax.demo, LOSS, _falling, num_workers=M, **TILES, decay=0.9, weight_decay=0.3
     ),
-    **{"decay": 0.9, "density": 0.25, "decays": 0.3},
+    decay=0.9,
+    density=0.25,
+    decays=0.3,
 )
 RECIPES = {
     "local_sgd": Recipe(
@@ -72,7 +78,10 @@ RECIPES = {
     "sparse_loco": SPARSE_LOCO,
     "muloco": Recipe(
         functools.partial(sasg_jax.muloco, LOSS, 0.05, **LOCAL),
-        **{"inner": MUON, "decay": 0.95, "levels": 2, "outer": (0.7, 0.9)},
+        inner=MUON,
+        decay=0.95,
+        levels=2,
+        outer=(0.7, 0.9),
     ),
     "demo": DEMO,
 }
@@ -196,7 +205,7 @@ def _loop(name, down):
 def _run(name, driver, down):
     """The last state, and what every round reported."""
     direction, tx = VARIANTS[name].make(**({"downlink": DOWN} if down else {}))
-    how = {"driver": driver} if driver != "chunks" else {"chunk_size": 3}
+    how: dict[str, Any] = {"driver": driver} if driver != "chunks" else {"chunk_size": 3}
     train_step = sasg_jax.make_train_step(direction, tx, num_workers=M, **how)
     state = train_step.init(problems.quadratic_params())
     return jax.jit(problems.scan_rounds(train_step.step))(state, (_centres(name),))
