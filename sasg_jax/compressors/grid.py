@@ -63,7 +63,10 @@ def grid(bits: int, *, scope: str = "tensor") -> Compressor:
         level = bits_lib.unpack_integers(levels, bits, like.size).astype(radius.dtype)
         # Whatever arrives, what is added up is finite.
         radius = jnp.where(jnp.isfinite(radius), radius, 0)
-        return ((2 * level - top) / top * radius).reshape(like.shape)  # exact at both ends
+        # One product, whose factors are the same for all: XLA divides by a constant in one program
+        # otherwise than in another. The largest must not be rounded beyond R.
+        decoded = (2 * level - top) * (radius * (1 / top))
+        return jnp.clip(decoded, -radius, radius).reshape(like.shape)
 
     def radii(leaves):
         each = [jnp.max(jnp.abs(x)).astype(wide(x.dtype)) for x in leaves]
