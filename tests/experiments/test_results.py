@@ -322,6 +322,15 @@ def test_readme_says_what_of_it_is_worth_its_while():
     assert gradients(small) is None
     assert f"batches of 5 ({small['accuracy']:.1%})".replace("%", " %") in FEW_BITS
     assert f"of 20 take {gradients(large):,} gradients and {_both(large):.0f} MB" in FEW_BITS
+    whole, half = (tried("momentum", outer_rate=rate, outer_momentum=0.5) for rate in (1.0, 0.5))
+    none = [tried("momentum", outer_rate=rate, outer_momentum=0.8) for rate in (1.0, 0.5)]
+    inside = tried("momentum_inner", learning_rate=0.02)
+    takes = (
+        f"takes {gradients(whole):,} gradients, at half the rate {gradients(half):,}, and of 0.8"
+    )
+    assert f"{takes} never gets there" in FEW_BITS
+    assert [gradients(of) for of in none] == [None, None]
+    assert f"of 0.9 at a tenth of the rate, {gradients(inside):,}." in FEW_BITS
     sweep = _coded("sweep")["methods"]["local_coded"]
     least = min((of for of in sweep["tried"] if gradients(of)), key=_both)
     assert len(sweep["tried"]) == 48
