@@ -186,7 +186,8 @@ def _is_module(name):
 # Each knows of those above it and, within a package, of its own. The exchanges know of compressors
 # where they cut them into shards.
 LAYERS = [
-    {"_checks", "numerics"},
+    {"numerics"},
+    {"_checks"},
     {"bits", "control_flow"},
     {"coders", "selection"},
     {"compressors"},
