@@ -17,6 +17,7 @@ from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
 from sasg_jax.feedback import Feedback, Reconstruction, Residual, none, reconstruction, residual
 from sasg_jax.ledger import Ledger
 from sasg_jax.method import Method, Parts, make_method
+from sasg_jax.resize import resize
 from sasg_jax.rules import (
     Decision,
     Round,
@@ -61,7 +62,8 @@ __all__ = [
     "direction_change", "every", "exchanges", "gradient", "held_rate", "identity", "init_server",
     "init_worker", "innovation", "lasg", "local_steps", "make_method", "make_train_step",
     "mean_model_state", "message_share", "none", "on_devices", "on_mesh", "per_worker", "pipeline",
-    "reconstruction", "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep",
-    "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k",
-    "turn_sgd", "worker_axes", "worker_half", "worker_round", "worker_specs",
+    "reconstruction", "released_alpha", "residual", "residual_norm", "resize", "sasg",
+    "sasg_keep", "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd",
+    "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
+    "worker_specs",
 ]
