@@ -62,6 +62,7 @@ from sasg_jax.local_algorithms import (
     sparse_loco,
 )
 from sasg_jax.method import Method, Parts, make_method
+from sasg_jax.resize import resize
 from sasg_jax.rules import (
     Decision,
     Round,
@@ -116,7 +117,7 @@ __all__ = [
     "lag_rule", "laq", "laq_rule", "lasg", "local_sgd", "local_steps", "make_method",
     "make_train_step", "mean_model_state", "message_share", "momentum_residual", "muloco",
     "needs_direction", "none", "norm_test", "on_devices", "on_mesh", "per_worker", "pipeline",
-    "reconstruction", "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep",
+    "reconstruction", "released_alpha", "residual", "residual_norm", "resize", "sasg", "sasg_keep",
     "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_loco", "sparse_sgd",
     "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
     "worker_specs",

@@ -116,7 +116,8 @@ class Method:
         moved = lambda part: exchange.moved_bytes(part.message_shapes(params))
         custom = None if EXCHANGES.get(exchange.name) is exchange else exchange
         flag = int(not self.downlink_rule.always)
-        rest: Any = self.rule.max_staleness or 0, flag, exchange.name, self.settings, custom
+        of_all = self.compressor.compress_mean is not None
+        rest: Any = self.rule.max_staleness or 0, flag, exchange.name, self.settings, of_all, custom
         return Wire(self.num_workers, *sizes, moved(up), moved(down), *rest)
 
 

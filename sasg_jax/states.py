@@ -2,12 +2,15 @@
 
 import dataclasses
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from sasg_jax.exchanges import EXCHANGES, Exchange
 from sasg_jax.numerics import PyTree
+
+NEVER = 2**30
+"""The staleness of a worker that has joined a run whose rule has no bound: at it, one uploads."""
 
 
 class WorkerState(NamedTuple):
@@ -65,6 +68,7 @@ class Wire:
     downlink_flag_bytes: int  # to say whether the server sends a step; 0 where it always does
     exchange: str
     method: tuple[tuple[str, str], ...] = ()  # the parts of the method that the state is made for
+    shares_memory: bool = False  # whether the compressor's memory is the same on all workers
     custom_exchange: Exchange | None = None  # where it is none of sasg_jax.exchanges.EXCHANGES
 
     @property
@@ -118,6 +122,17 @@ def find_state(opt_state: PyTree) -> AggregateState:
         why += f"sasg_jax.sasg, aggregate, ...), found {len(found)}. One transformation serves the "
         raise ValueError(why + "whole tree: put optax.partition and the like after it.")
     return found[0]
+
+
+def check_made_for(settings: Any, wire: Wire, *, but: str | None = None) -> None:
+    """Raises ValueError for a state of another method than that of ``settings``, ``but`` for one of
+    them that may differ."""
+    made_for = dict(wire.method)
+    for name, value in settings:
+        if name != but and made_for.get(name) != value:
+            why = f"Expected a state that this optimiser has made: it has {name}={value}, and the "
+            why += f"state is of one with {name}={made_for.get(name)}. Make a state with tx.init."
+            raise ValueError(why)
 
 
 def register_with_flax() -> None:

@@ -23,8 +23,8 @@ class TrainState(NamedTuple):
 
     params: PyTree  # the same on all workers
     opt_state: PyTree  # optax state; a worker's own parts have a leading axis M
-    model_state: PyTree  # e.g. BatchNorm statistics, leading axis M; () if there is none
-    keys: PyTree  # a PRNG key for each worker, folded by round. shape=(M,); () if there are none
+    model_state: PyTree = ()  # e.g. BatchNorm statistics, leading axis M; () if there is none
+    keys: PyTree = ()  # PRNG keys of the workers, folded by round. shape=(M,); () if there are none
     direction: PyTree = ()  # e.g. inner optimisers' state, leading axis M; () if there is none
 
 

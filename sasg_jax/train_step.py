@@ -161,7 +161,8 @@ def make_train_step(
 
 
 class _Step:
-    """A jitted step that also takes what lies on one device where it runs on several."""
+    """A jitted step that also takes what lies on one device, or on the host, where it runs on
+    several: a state is put where the step leaves it, so that the step is compiled once."""
 
     def __init__(self, jitted: Any, mesh: Mesh | None):
         self._jitted, self._mesh = jitted, mesh
@@ -186,8 +187,12 @@ class _Step:
         on_one = lambda x: isinstance(x.sharding, SingleDeviceSharding)
         is_elsewhere = lambda x: _is_tied(x) and (on_one(x) or x.sharding.device_set != devices)
         put = lambda x, sharding: jax.device_put(x, sharding) if is_elsewhere(x) else x
-        if any(map(is_elsewhere, jax.tree.leaves(state))):
-            state = jax.tree.map(put, state, drivers.shardings(state, mesh))
+        is_loose = lambda x: is_elsewhere(x) or isinstance(x, np.ndarray) or _is_free(x)
+        if any(map(is_loose, jax.tree.leaves(state))):
+            # A copy, as the step may donate it: an array of NumPy is somebody else's.
+            copy = functools.partial(jax.device_put, may_alias=False)
+            place = lambda x, sharding: copy(x, sharding) if is_loose(x) else x
+            state = jax.tree.map(place, state, drivers.shardings(state, mesh))
         split = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
         batch = jax.tree.map(lambda x: put(x, split), batch)
         return state, batch, *(put(x, NamedSharding(mesh, PartitionSpec())) for x in last)
@@ -221,6 +226,11 @@ def _check_batch(batch: PyTree, num_workers: int, direction: Direction) -> None:
 def _is_tied(x: Any) -> bool:
     """Whether it is an array that lies on devices that someone has chosen."""
     return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+
+
+def _is_free(x: Any) -> bool:
+    """Whether it is an array that lies where nobody has chosen."""
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and not x.committed
 
 
 def _on_one_device(x: Any) -> Any:

@@ -16,7 +16,7 @@ from sasg_jax.method import Method, Parts, make_method
 from sasg_jax.numerics import PyTree, is_masked
 from sasg_jax.rules import Rule
 from sasg_jax.server import Down, finish, init_server, served, spread
-from sasg_jax.states import AggregateState, PipelineState, register_with_flax
+from sasg_jax.states import AggregateState, PipelineState, check_made_for, register_with_flax
 from sasg_jax.worker import init_worker, worker_half, worker_half_with_mean
 
 
@@ -233,12 +233,7 @@ def _check_kind(state: Any, kind: type) -> None:
 
 def _check_state(method: Method, state: Any) -> None:
     _check_kind(state, AggregateState)
-    made_for = dict(state.wire.method)
-    for name, value in method.settings:
-        if made_for.get(name) != value:
-            why = f"Expected a state that this optimiser has made: it has {name}={value}, and the "
-            why += f"state is of one with {name}={made_for.get(name)}. Make a state with tx.init."
-            raise ValueError(why)
+    check_made_for(method.settings, state.wire)
 
 
 def check_present(present: Any, num_workers: int) -> jax.Array | None:

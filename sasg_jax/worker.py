@@ -18,7 +18,7 @@ from sasg_jax.control_flow import for_all, update_if
 from sasg_jax.method import Method
 from sasg_jax.numerics import LARGEST_RATE, PyTree, all_finite, scale, squared_norm
 from sasg_jax.rules.base import View
-from sasg_jax.states import ServerState, WorkerState
+from sasg_jax.states import NEVER, ServerState, WorkerState
 
 
 class Post(NamedTuple):
@@ -67,8 +67,7 @@ def worker_half(
     present, index = jnp.asarray(present), jnp.asarray(index)
     round = method.round(params, server.round)
     threshold, shared = method.rule.begin(server.rule, round)
-    cap = method.rule.max_staleness
-    forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
+    forced = worker.staleness >= (method.rule.max_staleness or NEVER)
     rate, feedback, keys = round.learning_rate, method.feedback, method.keys(server.round, index)
     pending = lambda: _taken_in(feedback, scale(rate, direction), worker.feedback)[1]
     remainder = lambda: _compress(method, worker.compressor_memory, pending(), keys).remainder

@@ -20,8 +20,9 @@ Trees are replaced, never written into, so that keeping one needs no copy.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -100,6 +101,7 @@ class Worker:
     log_bound: np.float32 | None = None  # where a rate is held; None before anything is measured
     period: int = 1
     uploads: int = 0  # since the last look; 0 before the first upload
+    must_upload: bool = False  # whatever the rule says: it has joined, or its message is gone
 
 
 def train(
@@ -123,6 +125,7 @@ def train(
     scope: str = "tensor",
     present: np.ndarray | None = None,
     after: Callable[[Tree], Tree] = lambda step: step,
+    resizes: Mapping[int, tuple[Sequence[int], int]] = MappingProxyType({}),
 ) -> Trace:
     """Runs the algorithm: SGD, Sparse, LASG, SASG, and their neighbours.
 
@@ -150,37 +153,43 @@ def train(
         "shards" of every tensor (both ways).
       present: who takes part; None is everybody. shape=(T, M), dtype=bool
       after: what the optimiser behind makes of the server's step: what w loses.
+      resizes: before which rounds other workers go on: the numbers of those who stay, and how many
+        there are then. Rows of the trace have as many entries as there are workers at most.
     """
     M, D = num_workers, history
+    most = max([M, *(many for _, many in resizes.values())])
     silence = silence or ("keep" if alpha is None else "reuse")
     cap = 1 if alpha is None else max_staleness
     cap = cap if measured is None else measured.max_staleness
     cap = cap if own_period is None else own_period.max_staleness
     empty = compress(zeros_like(params), None)
-    workers = [
-        Worker(
-            zeros_like(params),
-            zeros_like(params),
-            params,
-            -cap,
-            np.float32(0),
-            empty,
-            zeros_like(params),
-        )
-        for _ in range(M)
-    ]
+    nothing = zeros_like(params)
+
+    def begin(t: int, params: Tree, **more: bool) -> Worker:
+        return Worker(nothing, nothing, params, t - cap, np.float32(0), empty, nothing, **more)
+
+    workers = [begin(0, params) for _ in range(M)]
     downlink_residual = zeros_like(params)
-    uploaded = np.zeros((rounds, M), bool)
-    innovation = np.zeros((rounds, M), np.float32)
-    staleness = np.zeros((rounds, M), int)
+    uploaded = np.zeros((rounds, most), bool)
+    innovation = np.zeros((rounds, most), np.float32)
+    staleness = np.zeros((rounds, most), int)
     threshold = np.zeros(rounds + D, np.float32)  # every step adds to the D rounds after it
     params_history = [params]
     squared_steps = [np.float32(0)] * D
+    of_last_step = np.zeros(D, np.float32)
     margin = np.inf
 
     for t in range(rounds):
         rate = learning_rate(t) if callable(learning_rate) else learning_rate
         gamma = np.float32(1 if rate is None else rate)
+        if t in resizes:
+            stay, M = resizes[t]
+            workers = hand_over(workers, stay)
+            if scope == "shards":  # of other shards
+                for worker in workers:
+                    worker.message, worker.last_upload, worker.must_upload = empty, t - cap, True
+            workers += [begin(t, params, must_upload=True) for _ in range(M - len(stay))]
+        threshold[t : t + D] += of_last_step / M**2
 
         for m, worker in enumerate(workers):
             staleness[t, m] = t - worker.last_upload
@@ -217,18 +226,18 @@ def train(
                     margin = min(margin, relative_gap(found, np.float32(own_period.theta)))
                     margin = min(margin, relative_gap(4 * found, np.float32(own_period.theta)))
                     worker.period = next_period(worker.period, found, own_period)
-            if silent:
+            if silent and not worker.must_upload:
                 if silence == "keep":
                     worker.residual = add(scaled(gamma, g), scaled(decay, worker.residual))
                 continue
-            uploaded[t, m] = True
+            uploaded[t, m], worker.must_upload = True, False
             upload(worker, scaled(gamma, g), feedback, decay, density, scope, M)
             margin = min(margin, worker.message.margin)
             worker.stale_params, worker.last_upload, worker.last_direction = params, t, g
             worker.last_rate = gamma if rate is not None else np.float32(0)
 
         step, downlink_residual, down_margin = server_step(
-            counted(workers, uploaded[t], silence, feedback),
+            counted(workers, uploaded[t, :M], silence, feedback),
             max(1, uploaded[t].sum()) if silence == "drop" else M,
             downlink_residual,
             downlink_density,
@@ -241,8 +250,7 @@ def train(
         old, params = params, subtract(params, step)
         params_history.append(params)
         if alpha is not None:
-            alphas = step_weights(alpha, gamma, D)
-            threshold[t + 1 : t + 1 + D] += alphas * squared_norm(subtract(params, old)) / M**2
+            of_last_step = step_weights(alpha, gamma, D) * squared_norm(subtract(params, old))
 
     return Trace(
         params=params,
@@ -346,6 +354,16 @@ def next_period(period: int, found: np.float32, rule: OwnPeriod) -> int:
         return max(1, period // 2)
     longest = 2 ** int(math.log2(rule.max_staleness))
     return min(longest, 2 * period) if 4 * found <= rule.theta else period
+
+
+def hand_over(workers: list[Worker], stay: Sequence[int]) -> list[Worker]:
+    """Those who stay, with equal shares of the residuals of those who leave."""
+    left = [worker.residual for m, worker in enumerate(workers) if m not in stay]
+    staying = [workers[m] for m in stay]
+    for residual in left:
+        for worker in staying:
+            worker.residual = add(worker.residual, scaled(1 / len(staying), residual))
+    return staying
 
 
 def stays_silent(innovation: np.float32, threshold: np.float32) -> bool:

@@ -1,6 +1,8 @@
 """What several test modules share: methods, small problems, and one worker's round under a map."""
 
+import contextlib
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -189,6 +191,28 @@ def one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:
     are fewer cores than devices.
     """
     return lambda *args: jax.block_until_ready(step(*args))
+
+
+@contextlib.contextmanager
+def compilations():
+    """What XLA compiles meanwhile, in a list of what jax says of it."""
+    messages: list[str] = []
+
+    class Records(logging.Handler):
+        def emit(self, record):
+            if "Finished XLA compilation" in record.getMessage():
+                messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger("jax"), Records()
+    propagates = logger.propagate
+    with jax.log_compiles():
+        logger.addHandler(handler)
+        logger.propagate = False
+        try:
+            yield messages
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = propagates
 
 
 def same_on_all_devices(tree: Any) -> bool:

@@ -139,6 +139,88 @@ def test_restored_ledger_goes_on_counting():
     assert restored.uplink_bytes == ledger.uplink_bytes == 12 * SPARSE_BYTES + 16
 
 
+# Other workers, and gradients ---------------------------------------------------------------------
+
+
+def _resized():
+    """Two rounds with four workers and one way, then three with two workers and both ways."""
+    ledger = _ledger()
+    ledger.record(np.array([[True, True, False, True], [False, False, True, False]]))
+    ledger.record_model_state(np.zeros((M, 3), np.float32))
+    two = METHODS["two_way"](0.1, num_workers=2).init(problems.quadratic_params())
+    ledger.resize(two, gradients_per_round=3)
+    ledger.record(np.array([[True, False]] * 3), np.array([[True, False]] * 2 + [[True, True]]))
+    return ledger
+
+
+def test_goes_on_with_other_workers():
+    """Each round counts as it was when it was recorded."""
+    ledger = _resized()
+    assert (ledger.rounds, ledger.uploads, ledger.presences, ledger.steps) == (5, 7, 12, 5)
+    assert ledger.uplink_bytes == 7 * SPARSE_BYTES + 2 * M + (2 * 1 + 2)
+    assert ledger.downlink_bytes == 2 * M * DENSE + 3 * 2 * SPARSE_BYTES
+    assert ledger.paper_uplink_bits == 7 * 96
+    assert ledger.model_state_bytes == M * 3 * 4
+    assert ledger.gradients_per_worker == 2 * 1 + 3 * 3
+    assert (ledger.uploads_by_worker, ledger.rounds_by_uploads) == ([3, 0], [0, 3, 0])
+    assert ledger.sent_bytes == (3 * (16 + 2), 3)  # worker 0 is the server, whose upload stays
+
+
+def test_what_was_before_is_kept():
+    """By worker and by link, as a ledger that was never resized has it."""
+    before = _ledger()
+    before.record(np.array([[True, True, False, True], [False, False, True, False]]))
+    before.record_model_state(np.zeros((M, 3), np.float32))
+    ledger = _resized()
+    (earlier,) = ledger.earlier
+    assert earlier.to_dict() == before.to_dict()
+    assert earlier.sent_bytes == before.sent_bytes
+    earlier.record(np.ones(M, bool))  # which is nothing to the other
+    assert ledger.earlier[0].to_dict() == before.to_dict()
+    ledger.resize(_state_of(3))
+    assert [one.rounds for one in ledger.earlier] == [2, 3]
+    assert ledger.gradients_per_worker == 11
+    ledger.record(np.ones(3, bool))
+    assert ledger.gradients_per_worker == 14
+    with pytest.raises(ValueError, match=r"^Expected uploaded to be .*shape \(3,\)"):
+        ledger.record(np.ones(M, bool))
+
+
+def _state_of(workers):
+    return METHODS["sasg"](0.1, num_workers=workers).init(problems.quadratic_params())
+
+
+def test_resized_ledger_is_restored():
+    ledger = _resized()
+    restored = sasg_jax.Ledger.from_dict(json.loads(json.dumps(ledger.to_dict())))
+    for one in (ledger, restored):
+        one.record(np.ones(2, bool))
+    assert restored.to_dict() == ledger.to_dict()
+    for name in ("uploads", "uplink_bytes", "downlink_bytes", "sent_bytes", "gradients_per_worker"):
+        assert getattr(restored, name) == getattr(ledger, name)
+    assert restored.earlier[0].uploads_by_worker == [1, 1, 1, 1]
+
+
+def test_counts_gradients():
+    state = _state_of(M)
+    ledgers = sasg_jax.Ledger(state), sasg_jax.Ledger(state, gradients_per_round=8)
+    for ledger in ledgers:
+        ledger.record(np.ones((3, M), bool))
+    assert [ledger.gradients_per_worker for ledger in ledgers] == [3, 24]
+    values: list[Any] = [0, 1.5, None]
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^Expected gradients_per_round={value} to be an in"):
+            sasg_jax.Ledger(state, gradients_per_round=value)
+
+
+@pytest.mark.parametrize("key", list(_ledger().to_dict()["wire"]))
+def test_saved_earlier_counts_are_checked(key):
+    saved = _resized().to_dict()
+    del saved["earlier"][0]["wire"][key]
+    with pytest.raises(ValueError, match=r"^Expected saved\['wire'\] to have the keys"):
+        sasg_jax.Ledger.from_dict(saved)
+
+
 # Bad arguments ------------------------------------------------------------------------------------
 
 

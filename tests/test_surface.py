@@ -197,7 +197,7 @@ LAYERS = [
     {"server", "worker"},
     {"transform"},
     {"algorithms", "local_algorithms", "train_state"},
-    {"drivers"},
+    {"drivers", "resize"},
     {"train_step"},
     {"__init__"},
 ]

@@ -1,7 +1,6 @@
 """make_train_step: one function for vmap, pmap and shard_map; models with state and randomness."""
 
 import functools
-import logging
 from typing import Any, NamedTuple
 
 import chex
@@ -67,33 +66,12 @@ def _run(driver) -> Run:
     state, states, infos, compilations = _init(driver), [], [], []
     for t in range(ROUNDS):
         states.append(problems.to_numpy(state))
-        compiled = []
-        with jax.log_compiles(), _Records(compiled):
+        with problems.compilations() as compiled:
             state, info = step(state, problems.at(BATCHES, t))
-        compilations.append(sum("Finished XLA compilation" in message for message in compiled))
+        compilations.append(len(compiled))
         infos.append(problems.to_numpy(info))
     states.append(problems.to_numpy(state))
     return Run(states, jax.tree.map(lambda *xs: np.stack(xs), *infos), compilations)
-
-
-class _Records(logging.Handler):
-    """Collects what jax logs."""
-
-    def __init__(self, messages):
-        super().__init__()
-        self.messages = messages
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-    def __enter__(self):
-        self.logger = logging.getLogger("jax")
-        self.propagates, self.logger.propagate = self.logger.propagate, False
-        self.logger.addHandler(self)
-
-    def __exit__(self, *exception):
-        self.logger.removeHandler(self)
-        self.logger.propagate = self.propagates
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
