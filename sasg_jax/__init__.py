@@ -10,7 +10,14 @@ import importlib.metadata
 from sasg_jax import coders, exchanges
 from sasg_jax.algorithms import lasg, sasg, sasg_keep, sgd, sparse_sgd, turn_sgd
 from sasg_jax.coders import IndexCoder, ValueCoder
-from sasg_jax.compressors import Compressed, Compressor, MessageSize, identity, top_k
+from sasg_jax.compressors import (
+    Compressed,
+    Compressor,
+    MessageSize,
+    identity,
+    qsgd,
+    top_k,
+)
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
 from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
 from sasg_jax.exchanges import Exchange, Links, Needs, Traffic
@@ -61,7 +68,7 @@ __all__ = [
     "direction_change", "every", "exchanges", "gradient", "held_rate", "identity", "init_server",
     "init_worker", "innovation", "lasg", "local_steps", "make_method", "make_train_step",
     "mean_model_state", "message_share", "none", "on_devices", "on_mesh", "per_worker", "pipeline",
-    "reconstruction", "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep",
+    "qsgd", "reconstruction", "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep",
     "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k",
     "turn_sgd", "worker_axes", "worker_half", "worker_round", "worker_specs",
 ]

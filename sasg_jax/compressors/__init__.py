@@ -2,6 +2,16 @@
 
 from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
 from sasg_jax.compressors.identity import identity
+from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
 from sasg_jax.compressors.top_k import TopKMessage, top_k
 
-__all__ = ["Compressed", "Compressor", "MessageSize", "TopKMessage", "identity", "top_k"]
+__all__ = [
+    "Compressed",
+    "Compressor",
+    "MessageSize",
+    "QuantisedMessage",
+    "TopKMessage",
+    "identity",
+    "qsgd",
+    "top_k",
+]
