@@ -15,7 +15,9 @@ from sasg_jax.compressors import (
     Compressor,
     MessageSize,
     identity,
+    one_bit,
     qsgd,
+    sign,
     top_k,
 )
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
@@ -67,8 +69,9 @@ __all__ = [
     "View", "WorkerState", "aggregate", "always", "coders", "compressed_sgd", "diagnostics",
     "direction_change", "every", "exchanges", "gradient", "held_rate", "identity", "init_server",
     "init_worker", "innovation", "lasg", "local_steps", "make_method", "make_train_step",
-    "mean_model_state", "message_share", "none", "on_devices", "on_mesh", "per_worker", "pipeline",
-    "qsgd", "reconstruction", "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep",
-    "server_half", "sgd", "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k",
-    "turn_sgd", "worker_axes", "worker_half", "worker_round", "worker_specs",
+    "mean_model_state", "message_share", "none", "on_devices", "on_mesh", "one_bit", "per_worker",
+    "pipeline", "qsgd", "reconstruction", "released_alpha", "residual", "residual_norm", "sasg",
+    "sasg_keep", "server_half", "sgd", "sign", "simulate", "simulate_in_chunks", "sparse_sgd",
+    "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
+    "worker_specs",
 ]

@@ -3,6 +3,7 @@
 from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
 from sasg_jax.compressors.identity import identity
 from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
+from sasg_jax.compressors.sign import SignMessage, one_bit, sign
 from sasg_jax.compressors.top_k import TopKMessage, top_k
 
 __all__ = [
@@ -10,8 +11,11 @@ __all__ = [
     "Compressor",
     "MessageSize",
     "QuantisedMessage",
+    "SignMessage",
     "TopKMessage",
     "identity",
+    "one_bit",
     "qsgd",
+    "sign",
     "top_k",
 ]
