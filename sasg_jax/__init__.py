@@ -17,6 +17,7 @@ from sasg_jax.compressors import (
     identity,
     one_bit,
     qsgd,
+    random_k,
     sign,
     top_k,
 )
@@ -70,8 +71,8 @@ __all__ = [
     "direction_change", "every", "exchanges", "gradient", "held_rate", "identity", "init_server",
     "init_worker", "innovation", "lasg", "local_steps", "make_method", "make_train_step",
     "mean_model_state", "message_share", "none", "on_devices", "on_mesh", "one_bit", "per_worker",
-    "pipeline", "qsgd", "reconstruction", "released_alpha", "residual", "residual_norm", "sasg",
-    "sasg_keep", "server_half", "sgd", "sign", "simulate", "simulate_in_chunks", "sparse_sgd",
-    "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half", "worker_round",
-    "worker_specs",
+    "pipeline", "qsgd", "random_k", "reconstruction", "released_alpha", "residual", "residual_norm",
+    "sasg", "sasg_keep", "server_half", "sgd", "sign", "simulate", "simulate_in_chunks",
+    "sparse_sgd", "stack_workers", "top_k", "turn_sgd", "worker_axes", "worker_half",
+    "worker_round", "worker_specs",
 ]

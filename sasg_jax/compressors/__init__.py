@@ -3,6 +3,7 @@
 from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
 from sasg_jax.compressors.identity import identity
 from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
+from sasg_jax.compressors.random_k import random_k
 from sasg_jax.compressors.sign import SignMessage, one_bit, sign
 from sasg_jax.compressors.top_k import TopKMessage, top_k
 
@@ -16,6 +17,7 @@ __all__ = [
     "identity",
     "one_bit",
     "qsgd",
+    "random_k",
     "sign",
     "top_k",
 ]
