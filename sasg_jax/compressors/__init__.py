@@ -1,6 +1,7 @@
 """Compressors: what a worker sends of its direction."""
 
 from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
+from sasg_jax.compressors.by_leaf import by_leaf
 from sasg_jax.compressors.identity import identity
 from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
 from sasg_jax.compressors.random_k import random_k
@@ -14,6 +15,7 @@ __all__ = [
     "QuantisedMessage",
     "SignMessage",
     "TopKMessage",
+    "by_leaf",
     "identity",
     "one_bit",
     "qsgd",
