@@ -21,6 +21,7 @@ from sasg_jax.compressors import (
     qsgd,
     random_k,
     sign,
+    ternary,
     top_k,
 )
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
@@ -75,6 +76,6 @@ __all__ = [
     "make_train_step", "mean_model_state", "message_share", "natural", "none", "on_devices",
     "on_mesh", "one_bit", "per_worker", "pipeline", "qsgd", "random_k", "reconstruction",
     "released_alpha", "residual", "residual_norm", "sasg", "sasg_keep", "server_half", "sgd",
-    "sign", "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "top_k", "turn_sgd",
-    "worker_axes", "worker_half", "worker_round", "worker_specs",
+    "sign", "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "ternary", "top_k",
+    "turn_sgd", "worker_axes", "worker_half", "worker_round", "worker_specs",
 ]

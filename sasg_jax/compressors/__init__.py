@@ -7,6 +7,7 @@ from sasg_jax.compressors.natural import natural
 from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
 from sasg_jax.compressors.random_k import random_k
 from sasg_jax.compressors.sign import SignMessage, one_bit, sign
+from sasg_jax.compressors.ternary import TernaryMessage, ternary
 from sasg_jax.compressors.top_k import TopKMessage, top_k
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "MessageSize",
     "QuantisedMessage",
     "SignMessage",
+    "TernaryMessage",
     "TopKMessage",
     "by_leaf",
     "identity",
@@ -23,5 +25,6 @@ __all__ = [
     "qsgd",
     "random_k",
     "sign",
+    "ternary",
     "top_k",
 ]
