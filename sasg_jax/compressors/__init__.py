@@ -3,6 +3,7 @@
 from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
 from sasg_jax.compressors.by_leaf import by_leaf
 from sasg_jax.compressors.identity import identity
+from sasg_jax.compressors.induced import induced
 from sasg_jax.compressors.natural import natural
 from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
 from sasg_jax.compressors.random_k import random_k
@@ -20,6 +21,7 @@ __all__ = [
     "TopKMessage",
     "by_leaf",
     "identity",
+    "induced",
     "natural",
     "one_bit",
     "qsgd",
