@@ -4,6 +4,7 @@ from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
 from sasg_jax.compressors.by_leaf import by_leaf
 from sasg_jax.compressors.identity import identity
 from sasg_jax.compressors.induced import induced
+from sasg_jax.compressors.low_rank import LowRankMessage, low_rank, power_sgd
 from sasg_jax.compressors.natural import natural
 from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
 from sasg_jax.compressors.random_k import random_k
@@ -14,6 +15,7 @@ from sasg_jax.compressors.top_k import TopKMessage, top_k
 __all__ = [
     "Compressed",
     "Compressor",
+    "LowRankMessage",
     "MessageSize",
     "QuantisedMessage",
     "SignMessage",
@@ -22,8 +24,10 @@ __all__ = [
     "by_leaf",
     "identity",
     "induced",
+    "low_rank",
     "natural",
     "one_bit",
+    "power_sgd",
     "qsgd",
     "random_k",
     "sign",
