@@ -69,6 +69,13 @@ def check_bound(name: str, value: Any) -> Any:
     return value
 
 
+def check_positive(name: str, value: Any) -> float:
+    """``value`` as a float above 0 and below infinity."""
+    _reject_traced(name, value)
+    require(is_real(value) and 0 < value < float("inf"), name, value, "to be a number above 0")
+    return float(value)
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     """``value``, which must be one of ``choices``."""
     allowed = f"to be one of {', '.join(map(repr, choices))}"

@@ -77,6 +77,19 @@ def unpack_integers(octets: jax.Array, width: int, count: int) -> jax.Array:
     return (both & _mask(width)).reshape(-1)[:count]
 
 
+def pack_trits(x: jax.Array) -> jax.Array:
+    """Numbers from 0 to 2, five to a byte: 1.6 bits each. ``# shape=(ceil(n / 5),),
+    dtype=jnp.uint8``"""
+    rows = jnp.pad(x.astype(jnp.uint8), (0, -x.size % TRITS)).reshape(-1, TRITS)
+    return (rows * _POWERS_OF_3[None]).sum(1, dtype=jnp.uint8)
+
+
+def unpack_trits(octets: jax.Array, count: int) -> jax.Array:
+    """The inverse of :func:`pack_trits`; of any bytes, numbers from 0 to 2.
+    ``# shape=(count,), dtype=jnp.uint8``"""
+    return (octets[:, None] // _POWERS_OF_3[None] % 3).reshape(-1)[:count]
+
+
 def words_to_bytes(words: jax.Array, num_bits: int) -> jax.Array:
     """The bytes that hold the first ``num_bits``."""
     octets = lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)
@@ -93,5 +106,7 @@ def num_bytes(num_bits: int) -> int:
     return -(-num_bits // 8)
 
 
+TRITS = 5  # in a byte: 3⁵ is 243
+_POWERS_OF_3 = 3 ** np.arange(TRITS, dtype=np.uint8)
 _amount = lambda shift: np.clip(shift, 0, WORD - 1).astype(np.uint32)
 _mask = lambda width: np.uint32((1 << width) - 1)

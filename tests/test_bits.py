@@ -57,3 +57,15 @@ def test_words_and_bytes(num_bits):
     assert octets.tolist() == list(range(1, -(-num_bits // 8) + 1))
     back = bits.bytes_to_words(octets)
     assert bytes(np.asarray(back)) == bytes(np.asarray(octets)).ljust(4 * back.size, b"\0")
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 1000])
+def test_trits(count):
+    """Five to a byte, the first one lowest; any byte is five of them."""
+    x = np.random.default_rng(count).integers(0, 3, count)
+    octets = jax.jit(bits.pack_trits)(jnp.asarray(x))
+    assert (octets.shape, octets.dtype) == ((-(-count // 5),), jnp.uint8)
+    np.testing.assert_array_equal(bits.unpack_trits(octets, count), x)
+    assert bits.pack_trits(jnp.asarray([2, 1, 0, 0, 2])).tolist() == [2 + 3 + 2 * 81]
+    every = bits.unpack_trits(jnp.arange(256, dtype=jnp.uint8), 5 * 256)
+    assert every.max() == 2

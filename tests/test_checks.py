@@ -52,7 +52,16 @@ def test_what_is_no_fraction(value):
         _checks.check_fraction("density", value)
 
 
-@pytest.mark.parametrize("check", [_checks.check_fraction, _checks.check_int])
+def test_positive_numbers():
+    assert [_checks.check_positive("clip", x) for x in (2, 1e30, np.float32(0.5))] == [2, 1e30, 0.5]
+    for value in (0, -1, np.nan, np.inf, True, "1", None):
+        with pytest.raises(ValueError, match=r"^Expected clip=.* to be a number above 0\.$"):
+            _checks.check_positive("clip", value)
+
+
+@pytest.mark.parametrize(
+    "check", [_checks.check_fraction, _checks.check_int, _checks.check_positive]
+)
 def test_arrays_that_optax_makes_of_settings(check):
     """Traced or not, with the advice that helps."""
     kwargs = {"minimum": 1} if check is _checks.check_int else {}
