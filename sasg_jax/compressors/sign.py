@@ -68,7 +68,8 @@ def one_bit(block: int | None = None) -> Compressor:
 
     >>> import jax.numpy as jnp
     >>> x = jnp.array([3.0, -1.0, 0.0, 2.0, -4.0])
-    >>> one_bit().decompress(one_bit().compress(x, ((),), None).message, x).round(4).tolist()
+    >>> received = one_bit().decompress(one_bit().compress(x, ((),), None).message, x)
+    >>> [round(number, 4) for number in received.tolist()]
     [1.6667, -2.5, 1.6667, 1.6667, -2.5]
 
     References: Seide et al., `1-Bit Stochastic Gradient Descent and its Application to
