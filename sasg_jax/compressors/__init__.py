@@ -8,6 +8,7 @@ from sasg_jax.compressors.low_rank import LowRankMessage, low_rank, power_sgd
 from sasg_jax.compressors.natural import natural
 from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
 from sasg_jax.compressors.random_k import random_k
+from sasg_jax.compressors.rotate import RotatedMessage, dithered_sign, eden
 from sasg_jax.compressors.sign import SignMessage, one_bit, sign
 from sasg_jax.compressors.ternary import TernaryMessage, ternary
 from sasg_jax.compressors.top_k import TopKMessage, top_k
@@ -18,10 +19,13 @@ __all__ = [
     "LowRankMessage",
     "MessageSize",
     "QuantisedMessage",
+    "RotatedMessage",
     "SignMessage",
     "TernaryMessage",
     "TopKMessage",
     "by_leaf",
+    "dithered_sign",
+    "eden",
     "identity",
     "induced",
     "low_rank",
