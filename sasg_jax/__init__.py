@@ -28,6 +28,7 @@ from sasg_jax.compressors import (
     sign,
     ternary,
     top_k,
+    wangni,
 )
 from sasg_jax.directions import Direction, Evaluation, gradient, local_steps
 from sasg_jax.drivers import on_devices, on_mesh, simulate, simulate_in_chunks
@@ -82,6 +83,6 @@ __all__ = [
     "message_share", "natural", "none", "on_devices", "on_mesh", "one_bit", "per_worker",
     "pipeline", "power_sgd", "qsgd", "random_k", "reconstruction", "released_alpha", "residual",
     "residual_norm", "sasg", "sasg_keep", "server_half", "sgd", "sign", "simulate",
-    "simulate_in_chunks", "sparse_sgd", "stack_workers", "ternary", "top_k", "turn_sgd",
+    "simulate_in_chunks", "sparse_sgd", "stack_workers", "ternary", "top_k", "turn_sgd", "wangni",
     "worker_axes", "worker_half", "worker_round", "worker_specs",
 ]

@@ -12,10 +12,12 @@ from sasg_jax.compressors.rotate import RotatedMessage, dithered_sign, eden
 from sasg_jax.compressors.sign import SignMessage, one_bit, sign
 from sasg_jax.compressors.ternary import TernaryMessage, ternary
 from sasg_jax.compressors.top_k import TopKMessage, top_k
+from sasg_jax.compressors.wangni import DrawnMessage, wangni
 
 __all__ = [
     "Compressed",
     "Compressor",
+    "DrawnMessage",
     "LowRankMessage",
     "MessageSize",
     "QuantisedMessage",
@@ -37,4 +39,5 @@ __all__ = [
     "sign",
     "ternary",
     "top_k",
+    "wangni",
 ]
