@@ -1,5 +1,6 @@
 """Compressors: what a worker sends of its direction."""
 
+from sasg_jax.compressors.atomo import atomo
 from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
 from sasg_jax.compressors.by_leaf import by_leaf
 from sasg_jax.compressors.identity import identity
@@ -25,6 +26,7 @@ __all__ = [
     "SignMessage",
     "TernaryMessage",
     "TopKMessage",
+    "atomo",
     "by_leaf",
     "dithered_sign",
     "eden",
