@@ -5,6 +5,7 @@ from sasg_jax.compressors.base import Compressed, Compressor, MessageSize
 from sasg_jax.compressors.by_leaf import by_leaf
 from sasg_jax.compressors.identity import identity
 from sasg_jax.compressors.induced import induced
+from sasg_jax.compressors.learned_levels import FittedLevels, LearnedMessage, learned_levels
 from sasg_jax.compressors.low_rank import LowRankMessage, low_rank, power_sgd
 from sasg_jax.compressors.natural import natural
 from sasg_jax.compressors.qsgd import QuantisedMessage, qsgd
@@ -19,6 +20,8 @@ __all__ = [
     "Compressed",
     "Compressor",
     "DrawnMessage",
+    "FittedLevels",
+    "LearnedMessage",
     "LowRankMessage",
     "MessageSize",
     "QuantisedMessage",
@@ -32,6 +35,7 @@ __all__ = [
     "eden",
     "identity",
     "induced",
+    "learned_levels",
     "low_rank",
     "natural",
     "one_bit",
