@@ -8,7 +8,17 @@ rules, feedback, compressors, coders and exchanges, of which :func:`sasg_jax.com
 import importlib.metadata
 
 from sasg_jax import coders, exchanges
-from sasg_jax.algorithms import lasg, sasg, sasg_keep, sgd, sparse_sgd, turn_sgd
+from sasg_jax.algorithms import (
+    fo_sgd,
+    lasg,
+    sasg,
+    sasg_keep,
+    sgd,
+    sign_sgd,
+    sparse_sgd,
+    terngrad,
+    turn_sgd,
+)
 from sasg_jax.coders import IndexCoder, ValueCoder
 from sasg_jax.compressors import (
     Compressed,
@@ -79,12 +89,12 @@ __all__ = [
     "Needs", "Parts", "PipelineState", "Post", "Reconstruction", "Residual", "Round", "RoundInfo",
     "Rule", "ServerState", "Traffic", "TrainState", "TrainStep", "Transformation", "ValueCoder",
     "View", "WorkerState", "aggregate", "always", "atomo", "by_leaf", "coders", "compressed_sgd",
-    "diagnostics", "direction_change", "dithered_sign", "eden", "every", "exchanges", "gradient",
-    "held_rate", "identity", "induced", "init_server", "init_worker", "innovation", "lasg",
-    "learned_levels", "local_steps", "low_rank", "make_method", "make_train_step",
+    "diagnostics", "direction_change", "dithered_sign", "eden", "every", "exchanges", "fo_sgd",
+    "gradient", "held_rate", "identity", "induced", "init_server", "init_worker", "innovation",
+    "lasg", "learned_levels", "local_steps", "low_rank", "make_method", "make_train_step",
     "mean_model_state", "message_share", "natural", "none", "on_devices", "on_mesh", "one_bit",
     "per_worker", "pipeline", "power_sgd", "qsgd", "random_k", "reconstruction", "released_alpha",
-    "residual", "residual_norm", "sasg", "sasg_keep", "server_half", "sgd", "sign", "simulate",
-    "simulate_in_chunks", "sparse_sgd", "stack_workers", "ternary", "top_k", "turn_sgd", "wangni",
-    "worker_axes", "worker_half", "worker_round", "worker_specs",
+    "residual", "residual_norm", "sasg", "sasg_keep", "server_half", "sgd", "sign", "sign_sgd",
+    "simulate", "simulate_in_chunks", "sparse_sgd", "stack_workers", "ternary", "terngrad", "top_k",
+    "turn_sgd", "wangni", "worker_axes", "worker_half", "worker_round", "worker_specs",
 ]
