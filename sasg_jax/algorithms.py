@@ -12,6 +12,11 @@ only when (6) says so       :func:`lasg`                       :func:`sasg`
 server, and hold at the learning rates that are best for plain SGD, where the paper's rule, which
 applies a silent worker's last message again, does not.
 
+Then neighbours in which everybody sends few bits of everything: :func:`sign_sgd`, :func:`terngrad`,
+:func:`fo_sgd`. QSGD and PowerSGD are called by their compressors,
+``compressed_sgd(0.1, qsgd(7), num_workers=8, key=key)`` and
+``pipeline(aggregate(power_sgd(2), num_workers=8), optax.sgd(0.1, momentum=0.9))``.
+
 Each is a row of the table of parts, :func:`sasg_jax.compressed_sgd`, by name. Their arguments:
 
 Args:
@@ -33,8 +38,16 @@ from typing import Any, Unpack, cast
 import optax
 
 from sasg_jax.coders import IndexCoder, ValueCoder
-from sasg_jax.compressors import Compressor, grid, identity, top_k
-from sasg_jax.feedback import momentum_residual, reconstruction
+from sasg_jax.compressors import (
+    Compressor,
+    dithered_sign,
+    grid,
+    identity,
+    sign,
+    ternary,
+    top_k,
+)
+from sasg_jax.feedback import momentum_residual, none, reconstruction
 from sasg_jax.method import Parts
 from sasg_jax.rules import (
     Rule,
@@ -155,6 +168,36 @@ def sasg_keep(
     )
     top, rest = _take_top_k(density, parts, scope="tree")
     return compressed_sgd(learning_rate, top, rule, num_workers=num_workers, **rest)
+
+
+def sign_sgd(
+    learning_rate: optax.ScalarOrSchedule, *, num_workers: int, **parts: Unpack[Parts]
+) -> Transformation:
+    """EF-signSGD: everybody sends signs, a mean magnitude for each tensor, and keeps the rest. With
+    ``downlink=sign()`` the server does, too. See :func:`sasg_jax.sign`."""
+    return compressed_sgd(learning_rate, sign(), always(), num_workers=num_workers, **parts)
+
+
+def terngrad(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_workers: int,
+    clip: float | None = 2.5,
+    **parts: Unpack[Parts],
+) -> Transformation:
+    """TernGrad: everybody sends -1, 0 or 1 for each entry, drawn with the ``key``, and keeps
+    nothing, also not what ``clip`` standard deviations cut off. See :func:`sasg_jax.ternary`."""
+    rest = cast(Parts, {"feedback": none(), **flat(parts)})
+    return compressed_sgd(learning_rate, ternary(clip), num_workers=num_workers, **rest)
+
+
+def fo_sgd(
+    learning_rate: optax.ScalarOrSchedule, *, num_workers: int, **parts: Unpack[Parts]
+) -> Transformation:
+    """FO-SGD: a bit for each entry up and down, drawn with the ``key``, and no memory anywhere. See
+    :func:`sasg_jax.dithered_sign`."""
+    rest = cast(Parts, {"downlink": dithered_sign(), **flat(parts)})
+    return compressed_sgd(learning_rate, dithered_sign(), num_workers=num_workers, **rest)
 
 
 def _take_top_k(density: float, parts: SparseParts, **defaults: Any) -> tuple[Compressor, Parts]:

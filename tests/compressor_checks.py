@@ -177,7 +177,8 @@ def check_mean(
     errors = jax.jit(lambda keys: jax.lax.map(once, keys, batch_size=256))(keys)
     errors = np.asarray(errors, np.float64).reshape(draws, -1)
     rounding = 1e-6 * float(jnp.abs(x).max())
-    spread = errors.std(0) / np.sqrt(draws) + rounding
+    # What is seldom drawn has no normal mean: one draw more or less is to be allowed.
+    spread = errors.std(0) / np.sqrt(draws) + np.abs(errors).max() / draws + rounding
     assert (np.abs(errors.mean(0)) / spread).max() < 5
     squares = (errors**2).sum(1)
     assert squares.mean() - 5 * squares.std() / np.sqrt(draws) <= bound * (1 + 1e-6) + 1e-12

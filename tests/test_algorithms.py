@@ -612,3 +612,29 @@ def test_runs_for_several_seeds_under_vmap(name):
     for i, batches in enumerate(runs):
         alone = jax.jit(train)(batches)
         chex.assert_trees_all_close(problems.at(together, i), alone, atol=1e-5)
+
+
+# Few bits of everything ---------------------------------------------------------------------------
+
+
+def test_methods_of_few_bits_are_rows_of_the_table():
+    """What each is made of; and any part may be another."""
+    key = jax.random.key(0)
+
+    def parts(tx):
+        method = tx.method
+        named = method.compressor, method.feedback, method.downlink, method.downlink_feedback
+        return [part.name for part in named]
+
+    sign = sasg_jax.sign_sgd(0.1, num_workers=2)
+    assert parts(sign) == ["sign()", "residual()", "identity()", "none()"]
+    both = sasg_jax.sign_sgd(0.1, num_workers=2, downlink=sasg_jax.sign())
+    assert parts(both) == ["sign()", "residual()", "sign()", "residual()"]
+    drawn = sasg_jax.terngrad(0.1, num_workers=2, key=key)
+    assert parts(drawn) == ["ternary(2.5)", "none()", "identity()", "none()"]
+    kept = sasg_jax.terngrad(0.1, num_workers=2, key=key, feedback=sasg_jax.residual(), clip=None)
+    assert parts(kept) == ["ternary(None)", "residual()", "identity()", "none()"]
+    flattened = sasg_jax.fo_sgd(0.1, num_workers=2, key=key)
+    assert parts(flattened) == ["dithered_sign()", "none()", "dithered_sign()", "none()"]
+    with pytest.raises(ValueError, match=r"^Expected key=None to be a PRNG key for dithered_sign"):
+        sasg_jax.fo_sgd(0.1, num_workers=2)

@@ -9,6 +9,7 @@ import tomllib
 import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -95,7 +96,11 @@ SIGNATURES = {
     "sasg": [*DENSITY, *RULE],
     "turn_sgd": [*DENSITY, ("period", 8)],
     "sasg_keep": [*DENSITY, *KEEP],
+    "sign_sgd": [],
+    "terngrad": [("clip", 2.5)],
+    "fo_sgd": [],
 }
+DRAWS = {"terngrad": {"key": jax.random.key(0)}, "fo_sgd": {"key": jax.random.key(0)}}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -131,7 +136,7 @@ def test_how_the_top_k_are_chosen_and_written(name):
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_methods_are_optax_transformations(name):
-    tx = getattr(sasg_jax, name)(0.1, num_workers=2)
+    tx = getattr(sasg_jax, name)(0.1, num_workers=2, **DRAWS.get(name, {}))
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
 
 

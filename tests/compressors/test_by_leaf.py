@@ -1,5 +1,7 @@
 """One compressor for some tensors, another for the rest."""
 
+from typing import Any, cast
+
 import chex
 import compressor_checks as checks
 import jax
@@ -101,17 +103,17 @@ def test_facts_are_those_that_all_have():
 
 
 def test_what_is_refused():
-    mean = sasg_jax.Compressor(name="mean()", compress_mean=lambda *args: args)
+    mean, three, word = sasg_jax.power_sgd(2), cast(Any, 3), cast(Any, "w")
     with pytest.raises(
-        ValueError, match=r"^Expected b='mean\(\)' to be a compressor that needs no"
+        ValueError, match=r"^Expected b='power_sgd\(2\)' to be a compressor that needs no"
     ):
         sasg_jax.by_leaf(_choose, a=sasg_jax.sign(), b=mean)
     with pytest.raises(ValueError, match=r"^Expected b=3 to be a compressor"):
-        sasg_jax.by_leaf(_choose, b=3)
+        sasg_jax.by_leaf(_choose, b=three)
     with pytest.raises(ValueError, match=r"^Expected compressors={} to have one at least"):
         sasg_jax.by_leaf(_choose)
     with pytest.raises(ValueError, match=r"^Expected choose='w' to be a function"):
-        sasg_jax.by_leaf("w", a=sasg_jax.sign())
+        sasg_jax.by_leaf(word, a=sasg_jax.sign())
     with pytest.raises(ValueError, match=r"^Expected b='random_k\(0.1\)' to draw from a worker's"):
         sasg_jax.by_leaf(_choose, a=sasg_jax.qsgd(), b=sasg_jax.random_k(0.1))
     with pytest.raises(ValueError, match=r"^Expected choose\('w', ...\)='x' to be one of 'a'"):

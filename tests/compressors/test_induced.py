@@ -1,5 +1,7 @@
 """A second message for what the first one leaves out."""
 
+from typing import Any, cast
+
 import compressor_checks as checks
 import jax
 import jax.numpy as jnp
@@ -88,6 +90,6 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"^Expected second='sign\(\)' to be unbiased, e.g. "):
         sasg_jax.induced(sasg_jax.top_k(0.1), sasg_jax.sign())
     with pytest.raises(ValueError, match=r"^Expected first=3 to be a compressor"):
-        sasg_jax.induced(3, sasg_jax.qsgd())  # type: ignore
+        sasg_jax.induced(cast(Any, 3), sasg_jax.qsgd())
     with pytest.raises(ValueError, match=r"^Expected first='random_k\(0.1\)' to draw from a worke"):
         sasg_jax.induced(sasg_jax.random_k(0.1), sasg_jax.qsgd())
