@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -165,7 +166,7 @@ def train(
     empty = compress(zeros_like(params), None)
     nothing = zeros_like(params)
 
-    def begin(t: int, params: Tree, **more: bool) -> Worker:
+    def begin(t: int, params: Tree, **more: Any) -> Worker:
         return Worker(nothing, nothing, params, t - cap, np.float32(0), empty, nothing, **more)
 
     workers = [begin(0, params) for _ in range(M)]
