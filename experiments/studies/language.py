@@ -58,7 +58,7 @@ _OURS = {"inner": "muon", "period": 1, "learning_rate": 8e-3}
 _BASE = {**_OURS, "density": 0.04}
 ROWS = {
     "adamw": Row("AdamW", "adamw"),
-    "muon": Row("Muon", "muon"),
+    "muon": Row("Muon", "muon", 1.0, {"learning_rate": 4e-3}),
     "diloco": Row("DiLoCo", "diloco"),
     "sparse_loco": Row("SparseLoCo", "sparse_loco"),
     "muloco": Row("MuLoCo", "muloco"),

@@ -374,3 +374,50 @@ def test_readme_says_what_coding_takes():
     assert f"(entropy {row['entropy']:.2f})" in README
     assert f'| `"elias_fano"` | {row["elias_fano"]:.2f} |' in README
     assert f'| `"tiled"` | {row["tiled"]:.1f} |' in README
+
+
+# A language model ---------------------------------------------------------------------------------
+
+LANGUAGE = " ".join(README.split("### A language model")[1].split("\n### ")[0].split())
+
+
+def _label(record):
+    if record["method"] != "local_coded":
+        label = METHODS[record["method"]].label
+        return label if record["inner"] is None else f"{label}, AdamW inside"
+    inner = {"muon": "Muon", "adamw": "AdamW"}[record["inner"]]
+    return f"coded, {inner} inside, {100 * record['density']:g} %"
+
+
+def test_readme_quotes_the_first_runs_of_a_language_model():
+    records = json.loads((RESULTS / "language" / "first.json").read_text())
+    assert {record["seed"] for record in records} == {1}
+    assert {record["gradients_per_worker"] for record in records} == {1500}
+    best = {}  # of each label
+    for record in sorted(records, key=lambda record: -record["final_bits_per_byte"]):
+        best[_label(record)] = record
+    dense = best["AdamW"]["two_way_bytes"]
+    rows = _readme_rows("language")
+    assert {row[0] for row in rows} == best.keys()
+    for label, rate, rounds, both, bits in rows:
+        record = best[label]
+        assert rate == f"{record['learning_rate']:g}"
+        assert rounds == f"{record['iterations']:,}"
+        ratio = f"(1/{dense / record['two_way_bytes']:,.0f})"
+        assert both == f"{format_bytes(record['two_way_bytes'])} {ratio}"
+        assert bits == f"{record['final_bits_per_byte']:.3f}"
+    for label, rates in (("AdamW", (0.001, 0.002, 0.004, 0.008)), (_FOUR, (0.004, 0.008))):
+        tried = {
+            r["learning_rate"]: r["final_bits_per_byte"] for r in records if _label(r) == label
+        }
+        assert tuple(tried[rate] for rate in sorted(tried)) == tuple(tried[rate] for rate in rates)
+        assert f"({', '.join(f'{tried[rate]:.3f}' for rate in rates)})" in LANGUAGE
+    bits = {label: record["final_bits_per_byte"] for label, record in best.items()}
+    assert bits[_TEN] < bits["AdamW"]
+    assert f"better by {bits['AdamW'] - bits['Muon']:.2f} where" in LANGUAGE
+    assert f"coding cost {bits[_TEN] - bits['Muon']:.2f} of it" in LANGUAGE
+    assert f"inside they cost {bits[_TEN.replace('Muon', 'AdamW')] - bits['AdamW']:.2f}" in LANGUAGE
+    assert bits["coded, Muon inside, 0.8 %"] > bits["SparseLoCo, AdamW inside"]
+
+
+_FOUR, _TEN = "coded, Muon inside, 4 %", "coded, Muon inside, 10 %"
