@@ -104,9 +104,7 @@ def test_the_authors_tiles():
 
 def test_what_is_padded_is_chosen_last():
     """Also where a tile has nothing but zeros: those of the tensor go first, in any place."""
-    x = (
-        jnp.zeros((6, 9)).at[-1, -1].set(3.0)
-    )  # tiles of 6 by 5, the second with a column of padding
+    x = jnp.zeros((6, 9)).at[-1, -1].set(3.0)  # tiles of 6 by 5, the last column of it padded
     message, remainder, _ = _jitted(_made(0.8))[0](x)
     first, second = np.asarray(message[0].indices).reshape(2, -1)  # 24 of 30
     assert first.tolist() == list(range(24))
