@@ -463,7 +463,7 @@ def test_four_processes_train_as_one():
     told = []
     try:
         for process in started:
-            output, errors = process.communicate(timeout=600)
+            output, errors = process.communicate(timeout=1200)
             assert process.returncode == 0, errors
             told.append([x for x in output.splitlines() if x.startswith("TOLD ")])
     finally:
