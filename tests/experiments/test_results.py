@@ -376,6 +376,16 @@ def test_readme_says_what_coding_takes():
     assert f'| `"tiled"` | {row["tiled"]:.1f} |' in README
 
 
+def test_readme_says_what_coding_does_to_whole_rounds():
+    times = {
+        name: {m["exchange"]: m["round_ms"] for m in content["measurements"]}
+        for name, content in _coded("rounds").items()
+    }
+    ratios = [times["coded"][name] / times["plain"][name] for name in ("gather", "server")]
+    said = f"takes {ratios[0]:.2f} times as long coded as not over `gather`, {ratios[1]:.2f} over"
+    assert said in FEW_BITS
+
+
 # A language model ---------------------------------------------------------------------------------
 
 LANGUAGE = " ".join(README.split("### A language model")[1].split("\n### ")[0].split())
