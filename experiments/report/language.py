@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # writes files; needs no display
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 
 from experiments.methods import METHODS
 from experiments.report.tables import format_bytes, format_seconds
@@ -75,6 +76,8 @@ def _curves(axis: Any, rows: Rows, place: Callable[[Any, Any], float]) -> None:
                     color=METHODS[method].colour,
                 )  # fmt: skip
     axis.set(xscale="log", ylim=(lowest - 0.05, lowest + 1.3))
-    axis.margins(x=0.12)
+    axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.margins(x=0.2)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
