@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -166,8 +165,10 @@ def train(
     empty = compress(zeros_like(params), None)
     nothing = zeros_like(params)
 
-    def begin(t: int, params: Tree, **more: Any) -> Worker:
-        return Worker(nothing, nothing, params, t - cap, np.float32(0), empty, nothing, **more)
+    def begin(t: int, params: Tree, joins: bool = False) -> Worker:
+        worker = Worker(nothing, nothing, params, t - cap, np.float32(0), empty, nothing)
+        worker.must_upload = joins
+        return worker
 
     workers = [begin(0, params) for _ in range(M)]
     downlink_residual = zeros_like(params)
@@ -186,10 +187,10 @@ def train(
         if t in resizes:
             stay, M = resizes[t]
             workers = hand_over(workers, stay)
-            if scope == "shards":  # of other shards
+            if scope == "shards" and silence == "reuse":  # the server has those of other shards
                 for worker in workers:
                     worker.message, worker.last_upload, worker.must_upload = empty, t - cap, True
-            workers += [begin(t, params, must_upload=True) for _ in range(M - len(stay))]
+            workers += [begin(t, params, joins=True) for _ in range(M - len(stay))]
         threshold[t : t + D] += of_last_step / M**2
 
         for m, worker in enumerate(workers):

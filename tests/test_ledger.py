@@ -143,12 +143,13 @@ def test_restored_ledger_goes_on_counting():
 
 
 def _resized():
-    """Two rounds with four workers and one way, then three with two workers and both ways."""
+    """Two rounds with four workers and one way, then three with two workers, which send 5 values of
+    25 bytes, and both ways."""
     ledger = _ledger()
     ledger.record(np.array([[True, True, False, True], [False, False, True, False]]))
     ledger.record_model_state(np.zeros((M, 3), np.float32))
-    two = METHODS["two_way"](0.1, num_workers=2).init(problems.quadratic_params())
-    ledger.resize(two, gradients_per_round=3)
+    two = sasg_jax.sasg(0.1, num_workers=2, density=0.2, downlink=sasg_jax.top_k(0.1))
+    ledger.resize(two.init(problems.quadratic_params()), gradients_per_round=3)
     ledger.record(np.array([[True, False]] * 3), np.array([[True, False]] * 2 + [[True, True]]))
     return ledger
 
@@ -157,9 +158,9 @@ def test_goes_on_with_other_workers():
     """Each round counts as it was when it was recorded."""
     ledger = _resized()
     assert (ledger.rounds, ledger.uploads, ledger.presences, ledger.steps) == (5, 7, 12, 5)
-    assert ledger.uplink_bytes == 7 * SPARSE_BYTES + 2 * M + (2 * 1 + 2)
+    assert ledger.uplink_bytes == 4 * SPARSE_BYTES + 2 * M + 3 * 25 + (2 * 1 + 2)
     assert ledger.downlink_bytes == 2 * M * DENSE + 3 * 2 * SPARSE_BYTES
-    assert ledger.paper_uplink_bits == 7 * 96
+    assert ledger.paper_uplink_bits == 4 * 96 + 3 * 160
     assert ledger.model_state_bytes == M * 3 * 4
     assert ledger.gradients_per_worker == 2 * 1 + 3 * 3
     assert (ledger.uploads_by_worker, ledger.rounds_by_uploads) == ([3, 0], [0, 3, 0])
