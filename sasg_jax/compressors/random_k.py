@@ -49,14 +49,20 @@ def random_k(density: float, *, unbiased: bool = False) -> Compressor:
     num_kept = lambda size: max(1, math.floor(density * size))
     factor = lambda size: size / num_kept(size) if unbiased else 1.0
 
+    def in_range(values, size):
+        """So that c times as much is a number of the dtype, whatever has arrived."""
+        finfo = jnp.finfo(values.dtype)
+        largest = float(finfo.max) / factor(size) * (1 - 2 * float(finfo.eps))
+        return jnp.clip(values, -largest, largest) if unbiased else values
+
     def encode(x, memory, key):
         values = x.reshape(-1)[draw_places(key, num_kept(x.size), x.size)]
-        finfo = jnp.finfo(x.dtype)
-        largest = float(finfo.max) / factor(x.size) * (1 - 2 * float(finfo.eps))
-        return jnp.clip(values, -largest, largest) if unbiased else values, memory
+        return in_range(values, x.size), memory
 
     def decode(code, like, key):
         places, dtype = draw_places(key, num_kept(like.size), like.size), wide(like.dtype)
+        if code.dtype == like.dtype:  # of half precision, sums come in float32, and may be larger
+            code = in_range(code, like.size)
         values = code.astype(dtype) * jnp.asarray(factor(like.size), dtype)
         return jnp.zeros(like.size, dtype).at[places].set(values, unique_indices=True)
 
