@@ -67,7 +67,7 @@ def worker_half(
     present, index = jnp.asarray(present), jnp.asarray(index)
     round = method.round(params, server.round)
     threshold, shared = method.rule.begin(server.rule, round)
-    forced = worker.staleness >= (method.rule.max_staleness or NEVER)
+    forced = _must_upload(method, worker)
     rate, feedback, keys = round.learning_rate, method.feedback, method.keys(server.round, index)
     pending = lambda: _taken_in(feedback, scale(rate, direction), worker.feedback)[1]
     remainder = lambda: _compress(method, worker.compressor_memory, pending(), keys).remainder
@@ -99,6 +99,11 @@ def worker_half(
     return new_worker, Post(message, uploaded)
 
 
+def _must_upload(method: Method, worker: WorkerState) -> jax.Array:
+    """Whatever the rule says; where it has no bound, only who has joined a run."""
+    return worker.staleness >= (method.rule.max_staleness or NEVER)
+
+
 def needs_direction(
     method: Method, worker: WorkerState, server: ServerState, params: PyTree, *, index, present=True
 ) -> jax.Array | None:
@@ -109,8 +114,7 @@ def needs_direction(
         return None
     round = method.round(params, server.round)
     threshold, shared = method.rule.begin(server.rule, round)
-    cap = method.rule.max_staleness
-    forced = jnp.asarray(False) if cap is None else worker.staleness >= cap
+    forced = _must_upload(method, worker)
     own = worker.feedback, worker.staleness, worker.rule
     rest = shared, threshold, forced, _foreseen, _foreseen, _foreseen
     decision = method.rule.decide(View(round, jnp.asarray(index), None, *own, *rest))

@@ -11,6 +11,7 @@ import pytest
 import sasg_jax
 from sasg_jax.rules import SILENCES
 from sasg_jax.server import init_server
+from sasg_jax.states import NEVER
 from sasg_jax.worker import init_worker, worker_half
 
 M = 4
@@ -488,6 +489,19 @@ def test_innovation_that_overflows_uploads():
     assert bool(new.uploaded)
     assert bool(new.finite)
     chex.assert_tree_all_finite((post.message, new.feedback))
+
+
+def test_who_has_joined_needs_its_direction_whatever_a_rule_foresees():
+    """It uploads in its first round: worker_half and needs_direction agree on that."""
+    never = lambda view: sasg_jax.Decision(jnp.asarray(False), jnp.zeros(()))
+    rule = sasg_jax.Rule(name="never", decide=never, foresees=True)
+    method = sasg_jax.make_method(sasg_jax.identity(), rule, num_workers=M)
+    server, params = init_server(method, PARAMS), PARAMS
+    for staleness, needed in ((1, False), (NEVER, True)):
+        worker = init_worker(method, params)._replace(staleness=jnp.int32(staleness))
+        found = sasg_jax.needs_direction(method, worker, server, params, index=0)
+        new, _ = worker_half(method, worker, server, GRADS, params, index=0)
+        assert bool(found) == bool(new.uploaded) == needed
 
 
 # Half precision -----------------------------------------------------------------------------------
