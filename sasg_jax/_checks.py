@@ -47,6 +47,13 @@ def check_int(name: str, value: Any, *, minimum: int) -> int:
     return result
 
 
+def check_cap(max_staleness: Any) -> int | None:
+    """The ``max_staleness`` of a rule that need have none."""
+    if max_staleness is None:
+        return None
+    return check_int("max_staleness", max_staleness, minimum=1)
+
+
 def check_bool(name: str, value: Any) -> None:
     require(isinstance(value, bool), name, value, "to be True or False")
 

@@ -53,6 +53,9 @@ from sasg_jax.method import Parts
 from sasg_jax.rules import Rule
 from sasg_jax.transform import Transformation, aggregate, compressed_sgd, flat, pipeline
 
+BY_ADAM = "embed", "head"
+"""Words in the paths of matrices that are usually left to AdamW."""
+
 
 class LocalMethod(NamedTuple):
     """Both halves of a training step: ``make_train_step(direction, tx, num_workers=M)``."""
@@ -145,7 +148,7 @@ def muloco(
     *,
     num_workers: int,
     steps: int,
-    by_adam: Collection[str] = ("embed", "head"),
+    by_adam: Collection[str] = BY_ADAM,
     density: float = 1.0,
     values: str | ValueCoder = "sign2",
     decay: float = 0.95,
@@ -168,7 +171,9 @@ def muloco(
 
     References: Thérien et al., `MuLoCo <https://arxiv.org/abs/2505.23725>`_, 2025"""
     if not isinstance(inner, optax.GradientTransformation):
-        inner = _muon(check_learning_rate(inner), by_adam)
+        kinds = muon_kinds(by_adam)
+        rate = check_learning_rate(inner)
+        inner = contrib.muon(rate, muon_weight_dimension_numbers=kinds)
     # Of all entries, Elias-Fano writes no indices.
     compressor = top_k(density, values=values, indices="elias_fano")
     outer = _outer(outer_rate, outer_momentum)
@@ -246,8 +251,9 @@ def _outer(rate: optax.ScalarOrSchedule, momentum: float) -> optax.GradientTrans
     return optax.sgd(rate, momentum or None, nesterov=bool(momentum))
 
 
-def _muon(rate: optax.ScalarOrSchedule, by_adam: Collection[str]) -> optax.GradientTransformation:
-    """Muon for matrices, but for those whose path has a word of ``by_adam``; AdamW for others."""
+def muon_kinds(by_adam: Collection[str] = BY_ADAM) -> Callable[[Any], Any]:
+    """The ``muon_weight_dimension_numbers`` of :func:`optax.contrib.muon`: matrices, but for those
+    whose path has a word of ``by_adam``; AdamW takes the others."""
 
     def kinds(params):
         def kind(path, leaf):
@@ -257,4 +263,4 @@ def _muon(rate: optax.ScalarOrSchedule, by_adam: Collection[str]) -> optax.Gradi
 
         return jax.tree_util.tree_map_with_path(kind, params)
 
-    return contrib.muon(rate, muon_weight_dimension_numbers=kinds)
+    return kinds

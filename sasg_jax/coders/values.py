@@ -21,6 +21,14 @@ def plain_values() -> ValueCoder:
     )
 
 
+def shorter(coder: ValueCoder, count: int, dtype: Any) -> ValueCoder:
+    """``coder``, or the plain one where its code for so many values would be no shorter."""
+    values = jax.ShapeDtypeStruct((count,), dtype)
+    code = jax.tree.leaves(jax.eval_shape(coder.encode, values))
+    num_bytes = sum(x.size * x.dtype.itemsize for x in code)
+    return coder if num_bytes < count * values.dtype.itemsize else VALUE_CODERS["plain"]
+
+
 def bfloat16() -> ValueCoder:
     """Rounded to the nearest of 16 bits; what would be rounded to infinity, to the largest."""
     largest = float(jnp.finfo(jnp.bfloat16).max)

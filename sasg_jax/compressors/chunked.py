@@ -12,6 +12,7 @@ import numpy as np
 from sasg_jax._checks import check_choice, check_fraction, check_int, require
 from sasg_jax.coders import INDEX_CODERS, VALUE_CODERS, IndexCoder, ValueCoder
 from sasg_jax.coders.base import find as find_coder
+from sasg_jax.coders.values import shorter
 from sasg_jax.compressors.base import Compressed, Compressor
 from sasg_jax.compressors.top_k import TopKMessage
 from sasg_jax.numerics import wide
@@ -83,15 +84,10 @@ def chunked_top_k(
     coded = lambda dtype: wide(dtype) if transform else dtype
 
     def coder_of(tiling, dtype):
-        """The coder of values, and how many there are of those that it writes together: plain where
-        a code would be longer."""
+        """The coder of values, and how many there are of those that it writes together."""
         kept = num_kept(tiling)
         together = kept if magnitudes == "tile" else kept * tiling.num_tiles
-        chosen = jax.ShapeDtypeStruct((together,), dtype)
-        code = jax.eval_shape(values_as.encode, chosen)
-        num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(code))
-        is_shorter = num_bytes < together * dtype.itemsize
-        return (values_as if is_shorter else VALUE_CODERS["plain"]), together
+        return shorter(values_as, together, dtype), together
 
     def compress_leaf(leaf):
         tiling = _tiling(leaf.shape, tile)

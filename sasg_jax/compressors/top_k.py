@@ -12,6 +12,7 @@ from sasg_jax import selection as selection_lib
 from sasg_jax._checks import check_choice, check_fraction
 from sasg_jax.coders import INDEX_CODERS, VALUE_CODERS, IndexCoder, ValueCoder
 from sasg_jax.coders.base import find as find_coder
+from sasg_jax.coders.values import shorter
 from sasg_jax.compressors.base import Compressed, Compressor
 from sasg_jax.numerics import PyTree, wide
 
@@ -72,13 +73,7 @@ def top_k(
     to_vectors, from_vectors = _SCOPES[scope]
     num_kept = lambda size: max(1, math.floor(density * size))
 
-    def coder_of(size, dtype):
-        """Plain where a code would be longer."""
-        chosen = jax.ShapeDtypeStruct((num_kept(size),), dtype)
-        code = jax.eval_shape(values_as.encode, chosen)
-        num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(code))
-        is_shorter = num_bytes < chosen.size * chosen.dtype.itemsize
-        return values_as if is_shorter else VALUE_CODERS["plain"]
+    coder_of = lambda size, dtype: shorter(values_as, num_kept(size), dtype)
 
     def compress_vector(x, threshold):
         kept = num_kept(x.size)

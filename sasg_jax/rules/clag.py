@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sasg_jax._checks import check_bound, check_int
+from sasg_jax._checks import check_bound, check_cap
 from sasg_jax.numerics import PyTree, squared_distance, squared_norm, wide
 from sasg_jax.rules.base import Decision, Rule, View
 from sasg_jax.rules.relative import ratio
@@ -48,8 +48,7 @@ def clag_rule(zeta: float = 10.0, *, max_staleness: int | None = None) -> Rule:
 
     References: Richtárik et al., `3PC <https://arxiv.org/abs/2202.00998>`_, 2022"""
     zeta = check_bound("zeta", zeta)
-    if max_staleness is not None:
-        max_staleness = check_int("max_staleness", max_staleness, minimum=1)
+    max_staleness = check_cap(max_staleness)
 
     def decide(view: View) -> Decision:
         lacks, last = view.pending(), view.memory

@@ -7,7 +7,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from sasg_jax._checks import check_bound, check_int, require
+from sasg_jax._checks import check_bound, check_cap, require
 from sasg_jax.numerics import PyTree, all_finite, squared_norm
 from sasg_jax.rules.base import Decision, Rule, View
 
@@ -56,8 +56,7 @@ def cmfl_rule(
         relevance = lambda t: 0.8 / jnp.sqrt(jnp.maximum(t, 1).astype(jnp.float32))
     elif not callable(relevance):
         relevance = _check_share("relevance", relevance)
-    if max_staleness is not None:
-        max_staleness = check_int("max_staleness", max_staleness, minimum=1)
+    max_staleness = check_cap(max_staleness)
 
     def begin(shared: LastStep, round):
         bound = relevance(round.number) if callable(relevance) else relevance

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sasg_jax._checks import check_bound, check_int
+from sasg_jax._checks import check_bound, check_cap, check_int
 from sasg_jax.numerics import squared_distance, squared_norm
 from sasg_jax.rules.base import Decision, Round, Rule, View
 from sasg_jax.rules.past_steps import add_step, no_steps
@@ -53,8 +53,7 @@ def lag_rule(
     <https://arxiv.org/abs/1909.03631>`_, 2019"""
     xi = check_bound("xi", xi)
     history = check_int("history", history, minimum=1)
-    if max_staleness is not None:
-        max_staleness = check_int("max_staleness", max_staleness, minimum=1)
+    max_staleness = check_cap(max_staleness)
     if not callable(slack):
         slack = check_bound("slack", slack)
 

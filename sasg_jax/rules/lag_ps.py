@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from sasg_jax._checks import check_bound, check_int, require
+from sasg_jax._checks import check_bound, check_cap, check_int, require
 from sasg_jax.numerics import PyTree, squared_distance
 from sasg_jax.rules.base import Decision, Rule, View
 from sasg_jax.rules.past_steps import add_gradient, no_steps
@@ -71,8 +71,7 @@ def lag_ps_rule(
     <https://arxiv.org/abs/2002.11360>`_, 2020"""
     xi = check_bound("xi", xi)
     history = check_int("history", history, minimum=1)
-    if max_staleness is not None:
-        max_staleness = check_int("max_staleness", max_staleness, minimum=1)
+    max_staleness = check_cap(max_staleness)
     given = smoothness is not None
     known = jnp.asarray(_check_smoothness(smoothness) if given else -1, jnp.float32)
 
