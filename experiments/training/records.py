@@ -18,7 +18,7 @@ import filelock
 import jax
 
 from experiments.methods import METHODS
-from experiments.metrics import ACCURACY, Metric, metric_of
+from experiments.metrics import ACCURACY, BITS_PER_BYTE, Metric, metric_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,13 +259,15 @@ class RunFiles:
         if not self.curve_path.exists():
             return []
         lines = self.curve_path.read_text().splitlines()
-        return [_checked(self.curve_path, line, _REQUIRED[Point]) for line in lines]
+        points = [_checked(self.curve_path, line, _REQUIRED[Point]) for line in lines]
+        return [_scored(self.curve_path, point, "key") for point in points]
 
     def record(self) -> dict[str, Any] | None:
         """The outcome; None while the run is not done."""
         if not self._record_path.exists():
             return None
-        return read_json(self._record_path, " ".join(_REQUIRED[Record]))
+        record = read_json(self._record_path, " ".join(_REQUIRED[Record]))
+        return _scored(self._record_path, record, "final")
 
     def finish(self, record: Record) -> None:
         """Writes the outcome, with what reaching the target took, and removes what was only needed
@@ -290,6 +292,14 @@ def _checked(path: pathlib.Path, text: str, fields: Sequence[str]) -> dict[str, 
     missing = [field for field in fields if field not in known]
     if missing:
         raise ResultsError(f"Expected {path} to hold {', '.join(missing)}.")
+    return content
+
+
+def _scored(path: pathlib.Path, content: dict[str, Any], kind: str) -> dict[str, Any]:
+    """``content``; a ResultsError where it says of no metric how well the run does."""
+    names = [getattr(metric, kind) for metric in (ACCURACY, BITS_PER_BYTE)]
+    if all(content.get(name) is None for name in names):
+        raise ResultsError(f"Expected {path} to hold {' or '.join(names)}.")
     return content
 
 

@@ -207,3 +207,14 @@ def test_an_interrupted_write_leaves_the_file_whole(tmp_path, monkeypatch):
         files.append_point(make(Point, iteration=200))
     assert [point["iteration"] for point in files.curve()] == [100]
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_what_says_of_no_metric_how_well_a_run_does_is_broken(tmp_path):
+    files = begun(Store(tmp_path))
+    files.append_point(make(Point, iteration=1, test_accuracy=0.5, bits_per_byte=None))
+    files.finish(make(Record, final_test_accuracy=0.5, final_bits_per_byte=None))
+    for path, lacks in (("curve.jsonl", "test_accuracy"), ("record.json", "final_test_accuracy")):
+        content = json.loads((files.directory / path).read_text())
+        (files.directory / path).write_text(json.dumps({**content, lacks: None}))
+        with pytest.raises(ResultsError, match=rf"{path} to hold {lacks} or .*bits_per_byte\.$"):
+            files.curve() if path == "curve.jsonl" else files.record()
