@@ -115,7 +115,6 @@ _STDLIB_LM = Config(
     iterations=1500,
     learning_rate=2e-3,
     target_accuracy=None,
-    bits_per_byte_target=None,
     methods=("adamw", "diloco", "sparse_loco", "muloco", "demo", "local_coded"),
     density=None,
     period=2,
@@ -173,13 +172,12 @@ CONFIGS: dict[str, Config] = {
         _STDLIB_LM,
         # The same in minutes: what it shows is that all runs, and no more.
         dataclasses.replace(
-            *(_STDLIB_LM,),
+            _STDLIB_LM,
             name="stdlib_lm_smoke",
             width=64,
             context=64,
             iterations=240,
             evaluate_every=120,
-            bits_per_byte_target=None,
         ),
     )
 }

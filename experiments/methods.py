@@ -232,6 +232,8 @@ def _optimizer(config: Config, name: str) -> "optax.GradientTransformation":
     """One of :data:`OPTIMIZERS`, at the configuration's rate."""
     import optax
 
+    from sasg_jax.local_algorithms import muon_kinds
+
     rate, decay = learning_rate(config), config.weight_decay
     if name == "sgd":
         return optax.sgd(rate)
@@ -245,29 +247,12 @@ def _optimizer(config: Config, name: str) -> "optax.GradientTransformation":
             rate,
             weight_decay=decay,
             adam_b2=config.b2,
-            muon_weight_dimension_numbers=_matrices,
+            muon_weight_dimension_numbers=muon_kinds(),
             consistent_rms=0.2,
         )
-    return steps if config.clip_norm is None else optax.chain(_clip(config), steps)
-
-
-def _clip(config: Config) -> "optax.GradientTransformation":
-    import optax
-
-    assert config.clip_norm is not None
-    return optax.clip_by_global_norm(config.clip_norm)
-
-
-def _matrices(params: Any) -> Any:
-    """Those that Muon makes orthogonal: all but embeddings."""
-    import jax
-    import optax
-
-    def one(path: Any, leaf: Any) -> Any:
-        is_matrix = leaf.ndim == 2 and "embedding" not in jax.tree_util.keystr(path)
-        return optax.contrib.MuonDimensionNumbers() if is_matrix else None
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    if config.clip_norm is None:
+        return steps
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), steps)
 
 
 def make(

@@ -13,6 +13,8 @@ class Metric:
     key: str  # of a point
     final: str  # of a record
     target: str  # of a configuration and a record
+    outcome: str  # of a run in best.json
+    column: str  # of a table
     is_better: Callable[[float, float], bool]  # or as good
     digits: int  # after the point, in ``show``
     percent: bool = False
@@ -38,6 +40,7 @@ class Metric:
 
 ACCURACY = Metric(
     *("test accuracy", "test_accuracy", "final_test_accuracy", "target_accuracy"),
+    *("accuracy", "Accuracy"),
     is_better=lambda value, other: value >= other,
     digits=2,
     percent=True,
@@ -46,6 +49,7 @@ ACCURACY = Metric(
 
 BITS_PER_BYTE = Metric(
     *("bits per byte", "bits_per_byte", "final_bits_per_byte", "bits_per_byte_target"),
+    *("bits_per_byte", "Bits/byte"),
     is_better=lambda value, other: value <= other,
     digits=3,
 )

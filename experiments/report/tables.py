@@ -22,17 +22,16 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> Table:
     end = "" if target is None else "_at_target"
     goal = "in the end" if target is None else f"to reach {metric.describe_target(target)}"
     seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
-    measured = "Accuracy" if metric is ACCURACY else "Bits/byte"
     columns = _COUNTED if metric is ACCURACY else _COUNTED_OF_TEXT
     table = numbers_table(
         f"{describe(first)}: what it took {goal}, at one rate",
         ("Method",),
-        (*columns, measured, "ms/round"),
+        (*columns, metric.column, "ms/round"),
     )
     notes = [
         f"Means over seeds {seeds}." if "," in seeds else f"Seed {seeds}.",
         *(_NOTES[column] for column in columns if column in _NOTES),
-        f"{measured}: at the end of training.",
+        f"{metric.column}: at the end of training.",
     ]
 
     def mean(rows: Sequence[dict[str, Any]], *keys: str) -> float:
@@ -64,16 +63,15 @@ def tuned_table(tuned: dict[str, Any]) -> Table:
     """What each method took at its best, as ``best.json`` has it: means over the reported seeds,
     uploads with their standard deviation."""
     seeds, metric = tuned["reported_seeds"], metric_of(tuned)
-    measured, key = ("Accuracy", "accuracy") if metric is ACCURACY else ("Bits/byte", metric.key)
     table = numbers_table(
         f"{tuned['config']}: to {metric.describe_target(tuned[metric.target])}, each at its best",
         ("Method",),
-        ("Rounds", "Uploads", "Gradients", "Both ways", measured),
+        ("Rounds", "Uploads", "Gradients", "Both ways", metric.column),
     )
     notes = [
         f"Best: fewest {tuned['picked_by']} with seed {tuned['picked_with_seed']}. Means over "
         f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}. Gradients: of each "
-        f"worker, at most. {measured}: at the end of training.",
+        f"worker, at most. {metric.column}: at the end of training.",
     ]
     for name, found in tuned["methods"].items():
         label, runs = METHODS[name].label, found["runs"]
@@ -89,7 +87,7 @@ def tuned_table(tuned: dict[str, Any]) -> Table:
                 f"{mean('gradients_per_worker_at_target'):,.0f}",
                 format_bytes(mean("uplink_bytes_at_target", "downlink_bytes_at_target")),
             ]
-        ended = [run[key] for run in runs if key in run]
+        ended = [run[metric.outcome] for run in runs if metric.outcome in run]
         score = metric.show(float(np.mean(ended))) if ended else "diverged"
         table.add_row(label, *cells, score)
         own = ", ".join(describe_setting(*setting) for setting in found["best"].items())

@@ -9,11 +9,10 @@ import numpy as np
 import rich.console
 import tyro
 
-from experiments import data
 from experiments.configs import CONFIGS, Config
 from experiments.report.language import plot_bytes, plot_times
 from experiments.report.tables import format_bytes, numbers_table
-from experiments.training import grid
+from experiments.training import grid, inputs
 from experiments.training.records import Store, session, write_json
 from experiments.training.runs import Reporter, Run, perform
 
@@ -50,7 +49,6 @@ class Row:
 
     label: str
     method: str
-    part: float = 1.0  # of the experiment's gradients
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -58,27 +56,27 @@ _OURS = {"inner": "muon", "period": 1, "learning_rate": 8e-3}
 _BASE = {**_OURS, "density": 0.04}
 ROWS = {
     "adamw": Row("AdamW", "adamw"),
-    "muon": Row("Muon", "muon", 1.0, {"learning_rate": 4e-3}),
+    "muon": Row("Muon", "muon", {"learning_rate": 4e-3}),
     "diloco": Row("DiLoCo", "diloco"),
     "sparse_loco": Row("SparseLoCo", "sparse_loco"),
     "muloco": Row("MuLoCo", "muloco"),
     "demo": Row("DeMo", "demo"),
-    "ours": Row("ours", "local_coded", 1.0, _BASE),
-    "ours_adamw": Row("ours, AdamW inside", "local_coded", 1.0, {**_BASE, "inner": "adamw"}),
-    "ours_fewer": Row("ours, 0.8 %", "local_coded", 1.0, {**_OURS, "density": 0.008}),
+    "ours": Row("ours", "local_coded", _BASE),
+    "ours_adamw": Row("ours, AdamW inside", "local_coded", {**_BASE, "inner": "adamw"}),
+    "ours_fewer": Row("ours, 0.8 %", "local_coded", {**_OURS, "density": 0.008}),
     "no_local_steps": Row(
-        *("without local steps", "local_coded", 1.0),
+        *("without local steps", "local_coded"),
         {**_BASE, "local_steps": 1, "optimizer": "muon", "density": 0.004},
     ),
-    "no_density": Row("without top k", "local_coded", 1.0, {**_BASE, "density": 1.0}),
+    "no_density": Row("without top k", "local_coded", {**_BASE, "density": 1.0}),
     "no_coding": Row(
-        *("without coding", "local_coded", 1.0), {**_BASE, "values": "plain", "indices": "plain"}
+        *("without coding", "local_coded"), {**_BASE, "values": "plain", "indices": "plain"}
     ),
     "no_down": Row(
-        *("without a sparse way down", "sparse", 1.0),
+        *("without a sparse way down", "sparse"),
         {**_BASE, "scope": "tree", "values": "sign", "indices": "elias_fano"},
     ),
-    "in_turn": Row("in turns of 2", "local_coded", 1.0, {**_BASE, "period": 2, "density": 0.08}),
+    "in_turn": Row("in turns of 2", "local_coded", {**_BASE, "period": 2, "density": 0.08}),
 }
 """Ours sends few entries in few bits, both ways, of how far ten steps have led; then the same with
 one part less, at as many bytes where that can be."""
@@ -95,8 +93,7 @@ def work(command: Language, arguments: Sequence[str]) -> None:
             raise ValueError(f"Expected {option} to be finite and at least 0.")
     base = CONFIGS["stdlib_lm_smoke" if command.smoke else "stdlib_lm"]
     base = dataclasses.replace(base, partition=command.partition)
-    packages = base.num_workers if command.partition == "package" else None
-    given = data.load_stdlib(base.context, packages)
+    given = inputs.load(base)
     console, made = rich.console.Console(), {}
     with Reporter(console, plain=True) as reporter:
         for name in command.rows or ROWS:
@@ -123,7 +120,7 @@ def config_of(base: Config, name: str) -> Config:
     """The configuration of a row."""
     row = ROWS[name]
     config = dataclasses.replace(base, **row.settings)
-    return grid.of_method(config, row.method, int(row.part * base.iterations))
+    return grid.of_method(config, row.method, base.iterations)
 
 
 def _outcome(store: Store, run: Run) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import rich.console
 
-from experiments import data
 from experiments.configs import CONFIGS, Config
 from experiments.errors import resumable
 from experiments.methods import METHODS, make_optimizer
@@ -22,7 +21,7 @@ from experiments.processes import cluster
 from experiments.report.figures import plot_curves, plot_tried
 from experiments.report.tables import comparison_table, describe, tuned_table
 from experiments.report.tuned import points
-from experiments.training import grid, runs
+from experiments.training import grid, inputs, runs
 from experiments.training.records import Store, session, write_json
 from experiments.training.train import partition
 
@@ -260,11 +259,7 @@ def _load(options: Options, config: Config, group: cluster.Group | None):
     """The data, which process 0 may have to prepare for all."""
     if group is not None and not group.is_main:
         group.gather()
-    if config.dataset == "stdlib":
-        packages = config.num_workers if config.partition == "package" else None
-        loaded = data.load_stdlib(config.context, packages)
-    else:
-        loaded = data.load_named(config.dataset, options.data_dir, options.archives)
+    loaded = inputs.load(config, options.data_dir, options.archives)
     if group is not None and group.is_main:
         group.gather()
     return loaded

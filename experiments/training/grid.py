@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.configs import Config
 from experiments.methods import METHODS
-from experiments.metrics import ACCURACY, metric_of
+from experiments.metrics import metric_of
 from experiments.options import Compare, Options
 from experiments.training.records import Store, read_json
 from experiments.training.runs import Run
@@ -171,5 +171,4 @@ def _outcome(run: Run, store: Store) -> dict[str, Any]:
         return {"seed": run.seed, "diverged": True}
     taken = {f"{key}_at_target": record[f"{key}_at_target"] for key in OUTCOME}
     metric = metric_of(record)
-    name = "accuracy" if metric is ACCURACY else metric.key
-    return {"seed": run.seed, **taken, name: record[metric.final]}
+    return {"seed": run.seed, **taken, metric.outcome: record[metric.final]}

@@ -12,6 +12,17 @@ from experiments import data
 from experiments.configs import Config
 
 
+def load(
+    config: Config, data_dir: Any = None, archives: Any = None
+) -> tuple[data.Dataset | data.Text, np.ndarray | None]:
+    """The data of a configuration, and of several sets or packages which each training example is
+    of. Errors are those of :func:`experiments.data.load_named` and ``load_stdlib``."""
+    if config.dataset == "stdlib":
+        packages = config.num_workers if config.partition == "package" else None
+        return data.load_stdlib(config.context, packages)
+    return data.load_named(config.dataset, data_dir, archives)
+
+
 def partition(
     config: Config, dataset: data.Dataset | data.Text, source: np.ndarray | None, seed: int
 ) -> list[np.ndarray]:

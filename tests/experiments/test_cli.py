@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from experiments import cli
+from experiments import cli, data
 from experiments.configs import CONFIGS
 from experiments.options import Compare, Run
 from experiments.training import command
@@ -212,7 +212,7 @@ def test_ctrl_c_without_a_folder_says_where_it_was(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command.data, "load_named", interrupt)
+    monkeypatch.setattr(data, "load_named", interrupt)
     line = said("run", "digits", "--seed", "2")
     where = line.removeprefix(
         "interrupted. To go on: python -m experiments run digits --seed 2 --out results/digits-"

@@ -220,7 +220,7 @@ def test_every_method_learns_the_digits(digits, method):
 
 
 LM = dataclasses.replace(
-    *(CONFIGS["stdlib_lm_smoke"],),
+    CONFIGS["stdlib_lm_smoke"],
     width=32,
     context=16,
     iterations=12,
