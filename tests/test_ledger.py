@@ -2,11 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -16,6 +11,7 @@ import numpy as np
 import optax
 import problems
 import pytest
+import two_processes
 from problems import METHODS, M
 
 import sasg_jax
@@ -456,21 +452,7 @@ print(json.dumps(ledger.to_dict()))
 @pytest.mark.processes
 def test_flags_that_lie_on_the_devices_of_several_processes(tmp_path):
     """Every process counts all of them, round by round and at once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(process), address],
-            env=environment,
-            cwd=pathlib.Path(sasg_jax.__file__).parent.parent,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    outputs = two_processes.outputs(PROCESS, timeout=120)
     want = sasg_jax.Ledger(
         sasg_jax.compressed_sgd(0.1, rule=sasg_jax.every(3), num_workers=M).init(jnp.ones(3))
     )

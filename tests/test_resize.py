@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import pathlib
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +16,7 @@ import optax
 import oracle
 import problems
 import pytest
+import two_processes
 from problems import ALPHA, DENSITY, LEARNING_RATE, M
 
 import sasg_jax
@@ -833,26 +831,16 @@ print(json.dumps(np.asarray(state.params.addressable_shards[0].data).tolist()))
 @pytest.mark.processes
 def test_over_several_processes():
     """The server's state is that of worker 0, which one of them has; the run is the simulated."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(process), address],
-            env=environment,
-            cwd=pathlib.Path(sasg_jax.__file__).parent.parent,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
+    outputs = two_processes.outputs(PROCESS, timeout=300)
     got = [json.loads(output.splitlines()[-1]) for output in outputs]
     simulated = PROCESS.replace('driver="shard_map", ', "").split("\n")
     code = "\n".join(line for line in simulated if "distributed" not in line)
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=two_processes.ENVIRONMENT,
     )
     want = json.loads(result.stdout.splitlines()[-1])
     np.testing.assert_allclose(got, [want, want], rtol=1e-5)
